@@ -1,0 +1,213 @@
+//! Defaults that depend on other keys, and the checks of a config.
+
+use super::{Config, CosetPolicy, CycleKind, Parametrization, Placement, StateRule, TransferKind, Update};
+use crate::error::{Result, bail, ensure};
+
+/// Fills what was not given and depends on other keys.
+pub fn resolve(config: &mut Config) {
+    let Config { model, levels, cycle, schedule, .. } = config;
+    model.horizon.get_or_insert(match model.parametrization {
+        Parametrization::Standard => model.depth as f64,
+        Parametrization::CompleteP => 1.0,
+    });
+    schedule.level_multipliers.get_or_insert_with(|| vec![1.0; levels.count]);
+    if cycle.fractions.is_none() && levels.count > 0 {
+        cycle.fractions = default_fractions(cycle.kind, levels.count);
+    }
+}
+
+/// Shares of the steps, coarsest level first, for the cycles that use them.
+fn default_fractions(kind: CycleKind, count: usize) -> Option<Vec<f64>> {
+    match kind {
+        CycleKind::Paper => Some(vec![0.5, 0.5]),
+        CycleKind::Cascade | CycleKind::Adaptive => Some(vec![1.0 / count as f64; count]),
+        _ => None,
+    }
+}
+
+/// Refuses values out of range or at odds with each other; the message names the key.
+pub fn check(config: &Config) -> Result<()> {
+    check_run(config)?;
+    check_model(config)?;
+    check_levels(config)?;
+    check_cycle(config)?;
+    check_training(config)?;
+    check_parallel(config)
+}
+
+/// `key = value` must lie in `low..=high` (NaN never does).
+fn within(key: &str, value: f64, low: f64, high: f64) -> Result<()> {
+    ensure!((low..=high).contains(&value), "{key} = {value}: expected a number from {low} to {high}");
+    Ok(())
+}
+
+fn positive(key: &str, value: f64) -> Result<()> {
+    ensure!(value > 0.0 && value.is_finite(), "{key} = {value}: expected a number above 0");
+    Ok(())
+}
+
+fn at_least_one(key: &str, value: u64) -> Result<()> {
+    ensure!(value >= 1, "{key} = {value}: expected at least 1");
+    Ok(())
+}
+
+fn check_run(config: &Config) -> Result<()> {
+    let Config { run, data, checkpoint, .. } = config;
+    at_least_one("run.steps", run.steps)?;
+    within("run.max_minutes", run.max_minutes, 0.0, 1e7)?;
+    within("checkpoint.every_minutes", checkpoint.every_minutes, 0.0, 1e7)?;
+    ensure!(!data.dir.as_os_str().is_empty(), "data.dir is missing: name the folder that `vcycle data prepare` wrote");
+    at_least_one("data.context", data.context as u64)?;
+    at_least_one("data.batch", data.batch as u64)
+}
+
+fn check_model(config: &Config) -> Result<()> {
+    let model = &config.model;
+    for (key, value) in [("model.width", model.width), ("model.heads", model.heads), ("model.depth", model.depth)] {
+        at_least_one(key, value as u64)?;
+    }
+    ensure!(
+        model.width.is_multiple_of(model.heads),
+        "model.heads = {} does not divide model.width = {}",
+        model.heads,
+        model.width
+    );
+    if let Some(vocab) = model.vocab {
+        at_least_one("model.vocab", vocab as u64)?;
+    }
+    positive("model.horizon", config.horizon())?;
+    positive("model.init_std", model.init_std)
+}
+
+fn check_levels(config: &Config) -> Result<()> {
+    let (levels, model) = (&config.levels, &config.model);
+    at_least_one("levels.count", levels.count as u64)?;
+    ensure!(levels.factor >= 2, "levels.factor = {}: expected at least 2", levels.factor);
+    let coarsening = u32::try_from(levels.count - 1).ok().and_then(|l| levels.factor.checked_pow(l));
+    ensure!(
+        coarsening.is_some_and(|c| model.depth.is_multiple_of(c)),
+        "model.depth = {} must be a multiple of levels.factor^(levels.count - 1) = {}^{}; take fewer levels or another depth",
+        model.depth,
+        levels.factor,
+        levels.count - 1
+    );
+    within("levels.alpha", levels.alpha, 0.0, 2.0)?;
+    at_least_one("levels.coherence_batches", levels.coherence_batches)?;
+    if levels.transfer == TransferKind::Injection {
+        // A coset is a view: what it learns is already in the fine trajectory, and so is its optimizer state.
+        ensure!(
+            levels.update == Update::Replace,
+            "levels.update = \"{}\" does not go with levels.transfer = \"injection\": cosets are views of the fine trajectory",
+            levels.update
+        );
+        ensure!(
+            levels.state != StateRule::Move,
+            "levels.state = \"move\" does not go with levels.transfer = \"injection\": cosets share the fine level's state; use \"keep\", \"scale\" or \"reset\""
+        );
+    } else {
+        ensure!(
+            levels.coset == CosetPolicy::First,
+            "levels.coset = \"{}\" needs levels.transfer = \"injection\" (now \"{}\")",
+            levels.coset,
+            levels.transfer
+        );
+    }
+    Ok(())
+}
+
+fn check_cycle(config: &Config) -> Result<()> {
+    let (cycle, levels) = (&config.cycle, &config.levels);
+    if cycle.kind == CycleKind::Flat {
+        ensure!(
+            levels.count == 1,
+            "cycle.kind = \"flat\" trains the fine level only, but levels.count = {}: choose another cycle or levels.count = 1",
+            levels.count
+        );
+    }
+    if let Some(fractions) = &cycle.fractions {
+        let expected = if cycle.kind == CycleKind::Paper { 2 } else { levels.count };
+        ensure!(
+            fractions.len() == expected,
+            "cycle.fractions has {} entries: expected {expected}, coarsest level first",
+            fractions.len()
+        );
+        for &fraction in fractions {
+            within("cycle.fractions", fraction, 0.0, 1.0)?;
+        }
+        let sum: f64 = fractions.iter().sum();
+        ensure!((sum - 1.0).abs() < 1e-6, "cycle.fractions add up to {sum}: expected 1");
+    }
+    within("cycle.finish", cycle.finish, 0.0, 1.0)?;
+    within("cycle.threshold", cycle.threshold, 0.0, 1.0)?;
+    at_least_one("cycle.window", cycle.window)?;
+    match cycle.kind {
+        CycleKind::Paper => {
+            ensure!(levels.count == 2, "cycle.kind = \"paper\" needs levels.count = 2 (now {})", levels.count);
+            ensure!(
+                levels.transfer == TransferKind::Injection,
+                "cycle.kind = \"paper\" trains cosets: it needs levels.transfer = \"injection\" (now \"{}\")",
+                levels.transfer
+            );
+        }
+        CycleKind::V | CycleKind::W | CycleKind::F => {
+            ensure!(levels.count >= 2, "cycle.kind = \"{}\" needs levels.count of at least 2", cycle.kind);
+            at_least_one("cycle.coarse", cycle.coarse)?;
+        }
+        CycleKind::Phases => check_phases(config)?,
+        _ => {}
+    }
+    Ok(())
+}
+
+fn check_phases(config: &Config) -> Result<()> {
+    let (phases, count) = (&config.cycle.phases, config.levels.count);
+    ensure!(!phases.is_empty(), "cycle.kind = \"phases\" needs cycle.phases = [{{ level = 1, steps = 500 }}, ...]");
+    for phase in phases {
+        ensure!(phase.level < count, "cycle.phases: level {} does not exist: levels.count = {count}", phase.level);
+    }
+    let total: u64 = phases.iter().map(|p| p.steps).sum();
+    ensure!(
+        total == config.run.steps,
+        "the steps of cycle.phases add up to {total}, run.steps is {}: make them equal",
+        config.run.steps
+    );
+    ensure!(phases[phases.len() - 1].level == 0, "the last of cycle.phases must be on level 0, the net that is wanted");
+    Ok(())
+}
+
+fn check_training(config: &Config) -> Result<()> {
+    let (optimizer, schedule) = (&config.optimizer, &config.schedule);
+    positive("optimizer.lr", optimizer.lr)?;
+    positive("optimizer.eps", optimizer.eps)?;
+    positive("optimizer.muon_lr_ratio", optimizer.muon_lr_ratio)?;
+    within("optimizer.weight_decay", optimizer.weight_decay, 0.0, 1e3)?;
+    within("optimizer.clip", optimizer.clip, 0.0, f64::MAX)?;
+    for (key, value) in [
+        ("optimizer.beta1", optimizer.beta1),
+        ("optimizer.beta2", optimizer.beta2),
+        ("optimizer.momentum", optimizer.momentum),
+    ] {
+        ensure!((0.0..1.0).contains(&value), "{key} = {value}: expected a number from 0 up to, but not including, 1");
+    }
+    within("schedule.warmup", schedule.warmup, 0.0, 1.0)?;
+    within("schedule.decay", schedule.decay, 0.0, 1.0)?;
+    within("schedule.final_ratio", schedule.final_ratio, 0.0, 1.0)?;
+    let multipliers = schedule.level_multipliers.as_deref().unwrap_or_default();
+    ensure!(
+        multipliers.len() == config.levels.count,
+        "schedule.level_multipliers has {} entries: expected levels.count = {}",
+        multipliers.len(),
+        config.levels.count
+    );
+    multipliers.iter().try_for_each(|&m| positive("schedule.level_multipliers", m))
+}
+
+fn check_parallel(config: &Config) -> Result<()> {
+    let parallel = &config.parallel;
+    positive("parallel.timeout", parallel.timeout)?;
+    if parallel.placement != Placement::Sequential {
+        bail!("parallel.placement = \"{}\" is not available in this version: use \"sequential\"", parallel.placement);
+    }
+    ensure!(parallel.zero == 0, "parallel.zero = {} is not available in this version: use 0", parallel.zero);
+    Ok(())
+}

@@ -1,0 +1,43 @@
+//! Update rules over flat tensors, one a file, and learning-rate schedules.
+
+use crate::error::Result;
+use crate::model::Layout;
+use candle_core::Tensor;
+
+/// A tensor of optimizer state, of the shape of the parameters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Moment {
+    /// Name in a checkpoint: `m`, `v`, `momentum`.
+    pub name: &'static str,
+    /// Power of the gradient it holds: 1 for m, 2 for v. Level switches scale by (ratio of h)^power.
+    pub power: i32,
+}
+
+/// What one step needs besides tensors.
+#[derive(Clone, Copy, Debug)]
+pub struct Hyper {
+    /// Learning rate of this step (schedule and level multiplier applied).
+    pub lr: f64,
+    /// Factor on the gradient: min(1, clip / norm).
+    pub gradient_scale: f64,
+    /// Factor on ε (CompleteP: h).
+    pub eps_scale: f64,
+}
+
+/// An update rule. `theta`, `grad` and every moment are [R, P]; only `rows` change. `updates[i]` counts the updates that row
+/// `rows[i]` has had before this one (Adam's bias correction).
+pub trait Optimizer: Send + Sync {
+    fn name(&self) -> &'static str;
+    fn moments(&self) -> &'static [Moment];
+    #[allow(clippy::too_many_arguments)]
+    fn step(
+        &self,
+        layout: &Layout,
+        rows: &[usize],
+        updates: &[u64],
+        theta: &Tensor,
+        grad: &Tensor,
+        moments: &[Tensor],
+        hyper: &Hyper,
+    ) -> Result<()>;
+}
