@@ -1,8 +1,8 @@
 //! Switches between adjacent levels, h fine and H coarse.
 
+use super::Hierarchy;
 use super::coherence::Coherence;
 use super::transfer::Matrix;
-use super::Hierarchy;
 use crate::config::{StateRule, Update};
 use crate::error::{Result, ensure};
 use crate::model::Params;
