@@ -9,7 +9,8 @@ mod eval;
 mod plan;
 mod train;
 
-use crate::error::{Outcome, Result};
+use crate::comm::World;
+use crate::error::{Outcome, Result, exit_code};
 use clap::{Args, Parser, Subcommand};
 use std::path::{Path, PathBuf};
 
@@ -53,17 +54,26 @@ enum Command {
     ConfigReference,
 }
 
-/// Reads the command line; wrong usage prints help and exits 2.
-pub fn parse() -> Cli {
-    Cli::parse()
+/// Reads the command line and runs the command. Returns the exit status: 0 done, 1 error, 75 stopped after a checkpoint;
+/// wrong usage prints help and exits 2.
+pub fn main() -> u8 {
+    let Cli { command } = Cli::parse();
+    let Command::Train(args) = command else { return finish(run(command)) };
+    // Only training runs on several ranks.
+    match World::init() {
+        Ok(mut world) => {
+            let result = train::run(args, &mut world);
+            world.finish(result)
+        }
+        Err(error) => finish(Err(error)),
+    }
 }
 
-/// Runs the command.
-pub fn run(cli: Cli) -> Result<Outcome> {
-    match cli.command {
+fn run(command: Command) -> Result<Outcome> {
+    match command {
+        Command::Train(args) => train::run(args, &mut World::solo()),
         Command::Data(command) => data::run(command),
         Command::Plan(args) => plan::run(args),
-        Command::Train(args) => train::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Compare(args) => compare::run(args),
         Command::Bench(args) => bench::run(args),
@@ -74,6 +84,14 @@ pub fn run(cli: Cli) -> Result<Outcome> {
             Ok(Outcome::Done)
         }
     }
+}
+
+/// Prints an error, with the chain of its causes in one line.
+fn finish(result: Result<Outcome>) -> u8 {
+    if let Err(error) = &result {
+        eprintln!("error: {error:#}");
+    }
+    exit_code(&result)
 }
 
 /// A config file with overrides, as several commands take it.

@@ -3,13 +3,37 @@
 use super::Spec;
 use super::integrator::one_step;
 
-/// Model FLOPs, always as two figures.
+/// Model FLOPs, always as two figures. (A u64 would end at 18 EFLOP, some days of one GPU node.)
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flops {
     /// Work of the blocks alone.
-    pub blocks: u64,
+    pub blocks: u128,
     /// Blocks and head.
-    pub total: u64,
+    pub total: u128,
+}
+
+impl std::ops::AddAssign for Flops {
+    fn add_assign(&mut self, other: Flops) {
+        self.blocks += other.blocks;
+        self.total += other.total;
+    }
+}
+
+impl std::ops::Mul<u64> for Flops {
+    type Output = Flops;
+
+    fn mul(self, times: u64) -> Flops {
+        Flops { blocks: self.blocks * u128::from(times), total: self.total * u128::from(times) }
+    }
+}
+
+impl std::iter::Sum for Flops {
+    fn sum<I: Iterator<Item = Flops>>(all: I) -> Flops {
+        all.fold(Flops::default(), |mut sum, flops| {
+            sum += flops;
+            sum
+        })
+    }
 }
 
 /// FLOPs of one optimizer step with `rows` blocks over `tokens` tokens (forward and backward).
@@ -22,8 +46,9 @@ pub struct Flops {
 /// 6 a matmul parameter and token; 12·d·T a block and token for attention, no causal halving; recomputed activations
 /// do not count. Heun evaluates each block twice.
 pub fn step_flops(spec: &Spec, rows: usize, tokens: u64) -> Flops {
-    let [vocab, d, context, rows] = [spec.vocab, spec.width, spec.context, rows].map(|n| n as u64);
-    let evaluations = one_step(spec.integrator).evaluations() as u64;
+    let [vocab, d, context, rows] = [spec.vocab, spec.width, spec.context, rows].map(|n| n as u128);
+    let evaluations = one_step(spec.integrator).evaluations() as u128;
+    let tokens = u128::from(tokens);
     let blocks = evaluations * rows * (6 * 12 * d * d + 12 * d * context) * tokens;
     Flops { blocks, total: blocks + 6 * vocab * d * tokens }
 }

@@ -15,25 +15,23 @@ pub struct RunDirectory {
 }
 
 impl RunDirectory {
-    /// Makes the folder of a new run, or opens the one of a run to `resume` (a new one if there is none yet).
-    pub fn prepare(path: &Path, config: &Config, resume: bool) -> Result<RunDirectory> {
-        let directory = RunDirectory { path: path.to_owned() };
-        if directory.config_file().exists() {
+    pub fn new(path: &Path) -> RunDirectory {
+        RunDirectory { path: path.to_owned() }
+    }
+
+    /// Makes the folder of a new run, or checks that the one of a run to `resume` is of the same config.
+    pub fn prepare(&self, config: &Config, resume: bool) -> Result<()> {
+        if self.config_file().exists() {
             ensure!(
                 resume,
                 "{} already holds a run: continue it with --resume, or choose another --run-dir",
-                path.display()
+                self.path.display()
             );
-            directory.check_same_config(config)?;
+            self.check_same_config(config)?;
         }
-        std::fs::create_dir_all(directory.checkpoints())
-            .with_context(|| format!("cannot make the run directory {}", path.display()))?;
-        write_whole(&directory.config_file(), &config::to_toml(config))?;
-        Ok(directory)
-    }
-
-    pub fn path(&self) -> &Path {
-        &self.path
+        std::fs::create_dir_all(self.checkpoints())
+            .with_context(|| format!("cannot make the run directory {}", self.path.display()))?;
+        write_whole(&self.config_file(), &config::to_toml(config))
     }
 
     pub fn config_file(&self) -> PathBuf {
@@ -130,13 +128,13 @@ mod tests {
     #[test]
     fn a_run_is_not_overwritten_and_resumes_only_with_its_own_config() {
         let temp = tempfile::tempdir().unwrap();
-        let path = temp.path().join("run");
+        let directory = RunDirectory::new(&temp.path().join("run"));
         let base = config(&[]);
-        RunDirectory::prepare(&path, &base, true).unwrap();
-        let again = RunDirectory::prepare(&path, &base, false).unwrap_err();
+        directory.prepare(&base, true).unwrap();
+        let again = directory.prepare(&base, false).unwrap_err();
         assert!(again.to_string().contains("--resume"), "{again}");
-        RunDirectory::prepare(&path, &config(&["log.every_steps=3", "checkpoint.keep=9"]), true).unwrap();
-        let other = RunDirectory::prepare(&path, &config(&["optimizer.lr=0.5"]), true).unwrap_err();
+        directory.prepare(&config(&["log.every_steps=3", "checkpoint.keep=9"]), true).unwrap();
+        let other = directory.prepare(&config(&["optimizer.lr=0.5"]), true).unwrap_err();
         assert!(other.to_string().contains("optimizer.lr was 0.001, is now 0.5"), "{other}");
     }
 }

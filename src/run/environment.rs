@@ -1,6 +1,6 @@
 //! The machine a rank runs on: cores, threads, peak speed, provenance.
 
-use crate::comm::Communicator;
+use crate::comm::{Communicator, Reduction};
 use crate::error::{Context, Result};
 use serde_json::{Value, json};
 use std::path::Path;
@@ -24,8 +24,16 @@ pub fn use_threads(wanted: usize, ranks_on_node: usize) -> Result<usize> {
     Ok(threads)
 }
 
-/// FLOP/s of a matrix product as large as a training step's, on this rank's threads, while the other ranks measure too.
-pub fn gemm_peak() -> f64 {
+/// FLOP/s that the matrix products of all ranks reach together, each on its threads, all at once. Collective.
+pub fn gemm_peak(comm: &mut dyn Communicator) -> Result<f64> {
+    comm.barrier()?;
+    let mut peak = [own_gemm_peak()];
+    comm.reduce(&mut peak, Reduction::Sum)?;
+    Ok(peak[0])
+}
+
+/// FLOP/s of the fastest of some square products, large enough for the cost of a call not to count.
+fn own_gemm_peak() -> f64 {
     const SIZE: usize = 768;
     let (a, b) = (vec![0.5f32; SIZE * SIZE], vec![0.5f32; SIZE * SIZE]);
     let mut c = vec![0f32; SIZE * SIZE];

@@ -1,34 +1,26 @@
-//! The numerical work of a run: gradient, update, switch, evaluation. Knows the net and its levels, not the plan.
+//! The numerical work of a run: step, switch, evaluation. Knows the net and its levels, not the plan.
 
-use crate::comm::{Buckets, Communicator, Reduction};
-use crate::config::{Config, Parametrization};
-use crate::data::{Batch, Dataset, Sampler, Split};
-use crate::error::{Result, bail, ensure};
-use crate::levels::{Group, Hierarchy};
-use crate::model::{Net, Params, Ready, Spec, initialize};
-use crate::ops;
+use super::gradient::{Differentiator, Target, gradient_norm, split_evenly};
+use crate::comm::{Communicator, Reduction};
+use crate::config::{Config, DeviceKind, Parametrization};
+use crate::data::{Dataset, Sampler, Split};
+use crate::error::{Result, bail};
+use crate::levels::Hierarchy;
+use crate::model::{Spec, initialize};
 use crate::optim::{self, Hyper, Optimizer};
 use candle_core::{DType, Device};
-use std::ops::Range;
 
 /// One rank's net, its levels and its optimizer.
 pub struct Learner {
     spec: Spec,
-    batch_size: usize,
-    context: usize,
-    eps_follows_h: bool,
-    clip: f64,
-    coherence: Option<u64>,
-    net: Net,
+    pub differentiator: Differentiator,
     pub hierarchy: Hierarchy,
-    pub optimizer: Box<dyn Optimizer>,
-    buckets: Buckets,
-    training: Sampler,
+    optimizer: Box<dyn Optimizer>,
     validation: Validation,
-    /// This rank's sequences of each global batch.
-    share: Range<usize>,
-    micro_batch: usize,
-    batch: Batch,
+    clip: f64,
+    /// CompleteP: Adam's ε is multiplied by h.
+    eps_follows_h: bool,
+    coherence_batches: u64,
 }
 
 /// What one optimizer step did.
@@ -40,11 +32,10 @@ pub struct StepReport {
     pub grad_norm: f64,
 }
 
-/// Which rows of which level are trained.
-#[derive(Clone, Copy, Debug)]
-pub struct Target {
-    pub level: usize,
-    pub coset: usize,
+impl StepReport {
+    pub fn is_finite(&self) -> bool {
+        self.loss.is_finite() && self.grad_norm.is_finite()
+    }
 }
 
 impl Learner {
@@ -52,32 +43,18 @@ impl Learner {
     pub fn new(config: &Config, comm: &dyn Communicator) -> Result<Learner> {
         let device = device(config)?;
         let spec = Spec::new(config);
-        let share = share(config.data.batch, comm)?;
-        let micro_batch = match config.data.micro_batch {
-            0 => share.len(),
-            limit => limit.min(share.len()),
-        };
         let optimizer = optim::new(&config.optimizer);
-        let powers: Vec<i32> = optimizer.moments().iter().map(|m| m.power).collect();
+        let moments: Vec<_> = optimizer.moments().iter().map(|m| (m.name, m.power)).collect();
         let (ends, trajectory) = initialize(&spec, config.run.seed, DType::F32, &device)?;
-        let training = Dataset::open(&config.data.dir, Split::Train)?;
-        let validation = Dataset::open(&config.data.dir, Split::Val)?;
         Ok(Learner {
-            batch_size: config.data.batch,
-            context: config.data.context,
-            eps_follows_h: config.model.parametrization == Parametrization::CompleteP,
-            clip: config.optimizer.clip,
-            coherence: config.levels.coherence.then_some(config.levels.coherence_batches),
-            net: Net::new(&spec, spec.depth, micro_batch, DType::F32, &device)?,
-            hierarchy: Hierarchy::new(config, &spec, &powers, trajectory, ends)?,
+            differentiator: Differentiator::new(config, &spec, &device, comm)?,
+            hierarchy: Hierarchy::new(config, &spec, &moments, trajectory, ends)?,
             optimizer,
-            buckets: Buckets::new(comm),
-            training: Sampler::new(training, config.data.context, config.run.seed)?,
-            validation: Validation::new(validation, config)?,
+            validation: Validation::new(config)?,
+            clip: config.optimizer.clip,
+            eps_follows_h: config.model.parametrization == Parametrization::CompleteP,
+            coherence_batches: config.levels.coherence_batches,
             spec,
-            share,
-            micro_batch,
-            batch: Batch::default(),
         })
     }
 
@@ -85,8 +62,8 @@ impl Learner {
         &self.spec
     }
 
-    /// One optimizer step on the global batch that starts at sequence `first`, with the wishes of all ranks summed into
-    /// `wishes` along the way.
+    /// One optimizer step of `target` on the global batch that starts at sequence `first`. `wishes` of all ranks are
+    /// summed along the way. A gradient that is not finite changes no parameter. Collective.
     pub fn step(
         &mut self,
         comm: &mut dyn Communicator,
@@ -95,76 +72,41 @@ impl Learner {
         lr: f64,
         wishes: &mut [f64; 2],
     ) -> Result<StepReport> {
-        let loss = self.gradient(comm, target, first)?;
+        let share = self.differentiator.gradient(comm, &self.hierarchy, target, first, 1)?;
         self.hierarchy.correct_gradient(target.level)?;
-        let grad_norm = self.gradient_norm(target)?;
-        let mut sums = [loss, wishes[0], wishes[1]];
+        let grad_norm = gradient_norm(&self.hierarchy, target)?;
+        let mut sums = [share, wishes[0], wishes[1]];
         comm.reduce(&mut sums, Reduction::Sum)?;
         *wishes = [sums[1], sums[2]];
         let report = StepReport { loss: sums[0], grad_norm };
-        // Nothing is written into the parameters from a gradient that is not finite.
-        if report.loss.is_finite() && grad_norm.is_finite() {
+        if report.is_finite() {
             self.update(target, lr, optim::gradient_scale(grad_norm, self.clip))?;
         }
         Ok(report)
     }
 
-    /// grad = ∂L/∂θ of the mean loss L over the global batch, summed over ranks; returns this rank's share of L.
-    fn gradient(&mut self, comm: &mut dyn Communicator, target: Target, first: u64) -> Result<f64> {
-        let Target { level, coset } = target;
-        self.hierarchy.zero_gradient(level, coset)?;
-        let scale = 1.0 / (self.batch_size * self.context) as f64;
-        let mut loss = 0.0;
-        let mut start = self.share.start;
-        while start < self.share.end {
-            let count = self.micro_batch.min(self.share.end - start);
-            let is_last = start + count == self.share.end;
-            self.training.batch(first + start as u64, count, &mut self.batch)?;
-            let Self { net, hierarchy, buckets, batch, .. } = self;
-            let mut ready = |part: Ready| -> Result<()> {
-                if is_last {
-                    buckets.push(comm, gradient_part(hierarchy, target, part)?)?;
-                }
-                Ok(())
-            };
-            let (params, grads) = (hierarchy.params(level, coset), hierarchy.grads(level, coset));
-            loss += net.loss_and_gradient(params, grads, &batch.tokens, &batch.targets, scale, &mut ready)?;
-            start += count;
-        }
-        self.buckets.finish(comm)?;
-        Ok(loss * scale)
+    /// θ ← θ + update, for the target's rows and the ends.
+    fn update(&mut self, Target { level, coset }: Target, lr: f64, gradient_scale: f64) -> Result<()> {
+        let Learner { hierarchy, optimizer, .. } = self;
+        let eps_scale = if self.eps_follows_h { hierarchy.params(level, coset).h } else { 1.0 };
+        let (group, ends) = (hierarchy.group(level), hierarchy.ends());
+        let rows = hierarchy.row_indices(level, coset);
+        let hyper = Hyper { lr, gradient_scale, eps_scale };
+        let updates = hierarchy.updates(level, coset);
+        optimizer.step(&group.layout, rows, &updates, &group.theta, &group.grad, &group.moments, &hyper)?;
+        let hyper = Hyper { eps_scale: 1.0, ..hyper };
+        optimizer.step(&ends.layout, &[0], &ends.updates, &ends.theta, &ends.grad, &ends.moments, &hyper)?;
+        hierarchy.count_update(level, coset);
+        Ok(())
     }
 
-    /// ‖∂L/∂θ‖ over the trained rows and the ends; the same on every rank.
-    fn gradient_norm(&self, target: Target) -> Result<f64> {
-        let group = self.hierarchy.group(target.level);
-        let mut sum = ops::norm::sum_of_squares(&self.hierarchy.ends.grad)?;
-        for &row in self.hierarchy.row_indices(target.level, target.coset) {
-            sum += ops::norm::sum_of_squares(&group.grad.narrow(0, row, 1)?)?;
-        }
-        Ok(sum.sqrt())
-    }
-
-    fn update(&mut self, target: Target, lr: f64, gradient_scale: f64) -> Result<()> {
-        let eps_scale = if self.eps_follows_h { self.hierarchy.step_size(target.level) } else { 1.0 };
-        let rows = self.hierarchy.row_indices(target.level, target.coset).to_vec();
-        let optimizer = self.optimizer.as_ref();
-        let mut apply = |group: &mut Group, rows: &[usize], eps_scale: f64| -> Result<()> {
-            let hyper = Hyper { lr, gradient_scale, eps_scale };
-            let updates: Vec<u64> = rows.iter().map(|&r| group.updates[r]).collect();
-            optimizer.step(&group.layout, rows, &updates, &group.theta, &group.grad, &group.moments, &hyper)?;
-            rows.iter().for_each(|&r| group.updates[r] += 1);
-            Ok(())
-        };
-        apply(self.hierarchy.group_mut(target.level), &rows, eps_scale)?;
-        apply(&mut self.hierarchy.ends, &[0], 1.0)
-    }
-
-    /// Restricts to level `to`. With coherence, its term is measured on the batches from sequence `first` on.
+    /// Restricts to level `to`; a coherence term is measured on the batches from sequence `first` on. Collective.
     pub fn descend(&mut self, comm: &mut dyn Communicator, to: usize, first: u64) -> Result<()> {
-        self.hierarchy.descend(to)?;
-        let Some(batches) = self.coherence else { return Ok(()) };
-        todo!("{batches} {first} {}", comm.rank())
+        let Learner { hierarchy, differentiator, coherence_batches, .. } = self;
+        hierarchy.descend(to, &mut |hierarchy, level| {
+            let target = Target { level, coset: 0 };
+            differentiator.gradient(comm, hierarchy, target, first, *coherence_batches).map(drop)
+        })
     }
 
     /// Prolongs to level `to`.
@@ -172,76 +114,46 @@ impl Learner {
         self.hierarchy.ascend(to)
     }
 
-    /// Mean validation loss, in nats a token, of the fine net as it would be if all ascents from `level` were done now.
-    pub fn evaluate(&mut self, comm: &mut dyn Communicator, level: usize) -> Result<f64> {
-        let params = self.hierarchy.fine(level)?;
-        self.validation.loss(&mut self.net, params, comm, self.micro_batch, &mut self.batch)
+    /// Mean validation loss, in nats a token, of the fine net as it would be if all ascents were done now. Collective.
+    pub fn evaluate(&mut self, comm: &mut dyn Communicator) -> Result<f64> {
+        let Validation { sampler, sequences } = &self.validation;
+        let share = split_evenly(*sequences, comm.rank(), comm.size());
+        let mut sums = [self.differentiator.loss(self.hierarchy.fine()?, sampler, share)?];
+        comm.reduce(&mut sums, Reduction::Sum)?;
+        Ok(sums[0] / self.validation_tokens() as f64)
+    }
+
+    /// Tokens that an evaluation predicts.
+    pub fn validation_tokens(&self) -> u64 {
+        (self.validation.sequences * self.spec.context) as u64
     }
 }
 
-/// The validation sequences an evaluation reads, in order and unshuffled.
+/// The validation sequences that an evaluation reads, in order and unshuffled.
 struct Validation {
     sampler: Sampler,
     sequences: usize,
-    context: usize,
 }
 
 impl Validation {
-    fn new(dataset: Dataset, config: &Config) -> Result<Validation> {
-        let context = config.data.context;
-        let sampler = Sampler::in_order(dataset, context)?;
+    fn new(config: &Config) -> Result<Validation> {
+        let dataset = Dataset::open(&config.data.dir, Split::Val)?;
+        let sampler = Sampler::in_order(dataset, config.data.context)?;
         let available = sampler.sequences() as usize;
         let sequences = match config.log.eval_sequences {
             0 => available,
             wanted => wanted.min(available),
         };
-        Ok(Validation { sampler, sequences, context })
-    }
-
-    /// Mean cross-entropy over the sequences, shared among the ranks.
-    fn loss(
-        &mut self,
-        net: &mut Net,
-        params: &Params,
-        comm: &mut dyn Communicator,
-        micro_batch: usize,
-        batch: &mut Batch,
-    ) -> Result<f64> {
-        let share = split_evenly(self.sequences, comm.rank(), comm.size());
-        let mut sum = 0.0;
-        for first in share.clone().step_by(micro_batch) {
-            let count = micro_batch.min(share.end - first);
-            self.sampler.batch(first as u64, count, batch)?;
-            sum += net.loss(params, &batch.tokens, &batch.targets)?;
-        }
-        let mut sums = [sum];
-        comm.reduce(&mut sums, Reduction::Sum)?;
-        Ok(sums[0] / (self.sequences * self.context) as f64)
+        Ok(Validation { sampler, sequences })
     }
 }
 
-/// Only the CPU is built in so far.
+/// The device of this rank. Only the CPU has kernels so far.
 fn device(config: &Config) -> Result<Device> {
-    use crate::config::DeviceKind;
     match config.parallel.device {
         DeviceKind::Auto | DeviceKind::Cpu => Ok(Device::Cpu),
         DeviceKind::Cuda => {
             bail!("parallel.device = \"cuda\": this version has no GPU kernels; use \"cpu\" or \"auto\"")
         }
     }
-}
-
-/// This rank's part of a global batch.
-fn share(batch: usize, comm: &dyn Communicator) -> Result<Range<usize>> {
-    ensure!(
-        batch >= comm.size(),
-        "data.batch = {batch} is less than the {} ranks: each needs at least one sequence; take a larger batch or fewer ranks",
-        comm.size()
-    );
-    Ok(split_evenly(batch, comm.rank(), comm.size()))
-}
-
-/// The `part`-th of `parts` nearly equal ranges of `0..total`.
-fn split_evenly(total: usize, part: usize, parts: usize) -> Range<usize> {
-    total * part / parts..total * (part + 1) / parts
 }

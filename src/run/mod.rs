@@ -1,10 +1,13 @@
 //! Training: the only place where data, model, levels, optimizer, cycle, ranks and checkpoints meet.
 //!
-//! [`train`] sets a run up and interprets its list of ops. [`learner`] does the numerical work of an op, [`progress`] knows
-//! how far the run is, [`recorder`] writes metrics and the log, [`stop`] decides when to save or stop.
+//! [`train`] sets a run up and interprets its list of ops; [`Learner`] does the numerical work of an op; [`Progress`] knows
+//! how far the run is; `recorder` writes metrics and the log; `stop` says when to save or stop.
 
+mod console;
 mod directory;
 mod environment;
+mod gradient;
+pub mod history;
 mod learner;
 mod progress;
 mod recorder;
@@ -12,11 +15,11 @@ mod resolve;
 mod stop;
 mod train;
 
-pub mod history;
-
-pub use directory::RunDirectory;
-pub use environment::{cores, use_threads};
-pub use learner::{Learner, evaluate_model};
+pub use console::Console;
+pub use directory::{Difference, RunDirectory, differences};
+pub use environment::use_threads;
+pub use gradient::{Target, micro_batch};
+pub use learner::{Learner, StepReport};
 pub use progress::Progress;
 pub use resolve::resolve_vocab;
 pub use train::{Options, train};
