@@ -184,3 +184,32 @@ pub fn upload_u32(source: &[u32], out: &Tensor) -> Result<()> {
         Ok(())
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+
+    #[test]
+    fn fill_copy_and_upload_stay_inside_their_view() {
+        let storage = Tensor::zeros(10, DType::F32, &candle_core::Device::Cpu).unwrap();
+        fill(&storage.narrow(0, 2, 3).unwrap(), 1.5).unwrap();
+        assert_eq!(values(&storage), [0.0, 0.0, 1.5, 1.5, 1.5, 0.0, 0.0, 0.0, 0.0, 0.0]);
+        copy(&random(&[2], DType::F32, 1), &storage.narrow(0, 4, 2).unwrap()).unwrap();
+        assert_eq!(values(&storage)[4..6], values(&random(&[2], DType::F32, 1)));
+        assert_eq!(values(&storage)[6..], [0.0; 4]);
+
+        let tokens = Tensor::zeros((2, 2), DType::U32, &candle_core::Device::Cpu).unwrap();
+        upload_u32(&[7, 8], &tokens.narrow(0, 1, 1).unwrap()).unwrap();
+        assert_eq!(values(&tokens), [0.0, 0.0, 7.0, 8.0]);
+        assert!(upload_u32(&[1], &tokens).is_err() && upload_u32(&[1, 2], &storage.narrow(0, 0, 2).unwrap()).is_err());
+    }
+
+    #[test]
+    fn the_error_of_a_kernel_comes_out() {
+        let x = constant(0.0, &[2], DType::F32);
+        let wrong = write(&x, |_: &mut [f32]| -> Result<()> { bail!("from the kernel") }).unwrap_err();
+        assert_eq!(wrong.to_string(), "from the kernel");
+        assert!(write(&x, |_: &mut [f64]| Ok(())).unwrap_err().to_string().contains("F32"));
+    }
+}

@@ -258,3 +258,101 @@ fn dot<T: Real>(x: &[T], y: &[T]) -> T {
         },
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+    use candle_core::{D, DType, Device, Var};
+
+    /// Sequences, context, heads, head_dim.
+    const SHAPES: [[usize; 4]; 6] =
+        [[1, 1, 1, 1], [2, 1, 3, 4], [1, 7, 1, 5], [2, 64, 2, 8], [2, 65, 3, 7], [1, 200, 2, 32]];
+
+    fn inputs([b, t, h, k]: [usize; 4], dtype: DType) -> (Tensor, Tensor) {
+        let qkv = (random(&[b * t, 3 * h * k], dtype, 1) * 2.0).unwrap();
+        (qkv, random(&[b * t, h * k], dtype, 2))
+    }
+
+    fn run([b, t, h, _]: [usize; 4], qkv: &Tensor, dout: &Tensor) -> [Tensor; 3] {
+        let dtype = qkv.dtype();
+        let [out, lse, dqkv] = [unset(dout.dims(), dtype), unset(&[b, h, t], dtype), unset(qkv.dims(), dtype)];
+        forward(qkv, t, h, &out, &lse).unwrap();
+        backward(qkv, &out, &lse, dout, t, h, &dqkv).unwrap();
+        [out, lse, dqkv]
+    }
+
+    /// The formula with whole T×T scores.
+    fn naive([b, t, h, k]: [usize; 4], qkv: &Tensor) -> candle_core::Result<[Tensor; 2]> {
+        let part = |i: usize| qkv.reshape((b, t, 3, h, k))?.narrow(2, i, 1)?.squeeze(2)?.transpose(1, 2)?.contiguous();
+        let mask: Vec<f64> = (0..t * t).map(|i| if i % t > i / t { f64::NEG_INFINITY } else { 0.0 }).collect();
+        let mask = Tensor::from_vec(mask, (t, t), &Device::Cpu)?;
+        let scores = (part(0)?.matmul(&part(1)?.t()?)? / (k as f64).sqrt())?.broadcast_add(&mask)?;
+        let lse = scores.exp()?.sum_keepdim(D::Minus1)?.log()?;
+        let out = scores.broadcast_sub(&lse)?.exp()?.matmul(&part(2)?)?;
+        Ok([out.transpose(1, 2)?.reshape((b * t, h * k))?, lse.squeeze(D::Minus1)?])
+    }
+
+    #[test]
+    fn equals_the_naive_formula_and_its_gradient() {
+        for shape in SHAPES {
+            let (qkv, dout) = inputs(shape, DType::F64);
+            let qkv = Var::from_tensor(&qkv).unwrap();
+            let [out, lse] = naive(shape, &qkv).unwrap();
+            let gradients = (&out * &dout).unwrap().sum_all().unwrap().backward().unwrap();
+            let expected = [out, lse, gradients.get(&qkv).unwrap().clone()];
+            assert_all_close(&run(shape, &qkv, &dout), &expected, 1e-12);
+            let (qkv, dout) = inputs(shape, DType::F32);
+            assert_all_close(&run(shape, &qkv, &dout), &expected, 1e-5);
+        }
+    }
+
+    #[test]
+    fn backward_is_the_gradient() {
+        for shape in SHAPES {
+            let (qkv, dout) = inputs(shape, DType::F64);
+            let [_, _, dqkv] = run(shape, &qkv, &dout);
+            let loss = |inputs: &[Tensor]| {
+                let [out, ..] = run(shape, &copy_of(&inputs[0]), &dout);
+                inner(&out, &dout)
+            };
+            assert_gradients(loss, &[qkv], &[dqkv]);
+        }
+    }
+
+    #[test]
+    fn large_scores_do_not_overflow() {
+        let shape = [1, 66, 1, 4];
+        let (qkv, dout) = inputs(shape, DType::F32);
+        let results = run(shape, &(qkv * 50.0).unwrap(), &dout);
+        assert!(results.iter().all(|x| values(x).iter().all(|x| x.is_finite())));
+    }
+
+    #[test]
+    fn nan_reaches_only_what_sees_it() {
+        let shape @ [_, t, h, k] = [1, 70, 1, 4];
+        let (qkv, _) = inputs(shape, DType::F32);
+        let mut elements = values(&qkv);
+        elements[30 * 3 * h * k] = f64::NAN;
+        let qkv = view(&elements, qkv.dims(), DType::F32);
+        let [out, lse] = [unset(&[t, h * k], DType::F32), unset(&[1, h, t], DType::F32)];
+        forward(&qkv, t, h, &out, &lse).unwrap();
+        let is_nan: Vec<usize> = (0..t).filter(|i| values(&out)[i * k].is_nan()).collect();
+        assert_eq!(is_nan, [30]);
+    }
+
+    #[test]
+    fn independent_of_threads() {
+        let shape = [2, 100, 3, 16];
+        let (qkv, dout) = inputs(shape, DType::F32);
+        assert_independent_of_threads(|| run(shape, &qkv, &dout).to_vec());
+    }
+
+    #[test]
+    fn wrong_shapes_are_named() {
+        let (qkv, dout) = inputs([1, 6, 2, 2], DType::F32);
+        let lse = unset(&[1, 2, 6], DType::F32);
+        assert!(forward(&qkv, 4, 2, &dout, &lse).unwrap_err().to_string().contains("no whole sequences of 4"));
+        assert!(forward(&qkv, 6, 5, &dout, &lse).unwrap_err().to_string().contains("no q, k, v of 5 heads"));
+    }
+}

@@ -135,3 +135,92 @@ fn scaled_softmax<T: Real>(x: &mut [T], lse: T, scale: T) {
         || x.iter_mut().for_each(|x| *x = scale * (*x - lse).exp()),
     );
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+    use candle_core::{D, Var};
+
+    /// Rows, width, vocabulary, rows of a chunk.
+    const SHAPES: [[usize; 4]; 5] = [[1, 1, 1, 1], [5, 3, 7, 2], [6, 9, 33, 3], [20, 16, 301, 64], [70, 40, 1001, 32]];
+
+    fn inputs([n, d, v, _]: [usize; 4], dtype: DType) -> (Tensor, Tensor, Tensor) {
+        (random(&[n, d], dtype, 1), (random(&[v, d], dtype, 2) * 2.0).unwrap(), random_indices(n, v, 3))
+    }
+
+    /// dx and dw of scale * loss, and the loss.
+    fn run([.., v, chunk]: [usize; 4], (x, w, targets): &(Tensor, Tensor, Tensor), scale: f64) -> ([Tensor; 2], f64) {
+        let dtype = x.dtype();
+        let [dx, dw] = [unset(x.dims(), dtype), constant(2.0, w.dims(), dtype)];
+        let loss = loss_and_gradient(x, w, targets, scale, &unset(&[chunk, v], dtype), &dx, &dw).unwrap();
+        ([dx, plus(&dw, -2.0)], loss)
+    }
+
+    fn naive(x: &Tensor, w: &Tensor, targets: &Tensor) -> candle_core::Result<Tensor> {
+        let logits = x.matmul(&w.t()?)?;
+        let lse = logits.exp()?.sum_keepdim(D::Minus1)?.log()?;
+        logits.broadcast_sub(&lse)?.gather(&targets.unsqueeze(1)?, 1)?.sum_all()?.neg()
+    }
+
+    #[test]
+    fn equals_the_naive_formula_and_its_gradient() {
+        for shape @ [.., v, chunk] in SHAPES {
+            let (x, w, targets) = inputs(shape, DType::F64);
+            let (x, w) = (Var::from_tensor(&x).unwrap(), Var::from_tensor(&w).unwrap());
+            let expected = naive(&x, &w, &targets).unwrap();
+            let store = expected.backward().unwrap();
+            let expected = expected.to_scalar::<f64>().unwrap();
+            let gradients = [&x, &w].map(|x| (store.get(x).unwrap() * 0.5).unwrap());
+            for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 1e-5)] {
+                let inputs @ (x, w, targets) = &inputs(shape, dtype);
+                let (actual, total) = run(shape, inputs, 0.5);
+                assert_all_close(&actual, &gradients, tolerance);
+                assert!((total - expected).abs() <= tolerance * expected.abs());
+                assert_eq!(loss(x, w, targets, &unset(&[chunk, v], dtype)).unwrap(), total);
+            }
+        }
+    }
+
+    #[test]
+    fn backward_is_the_gradient() {
+        for shape @ [.., v, chunk] in SHAPES {
+            let inputs @ (x, w, targets) = &inputs(shape, DType::F64);
+            let (gradients, _) = run(shape, inputs, 1.0);
+            let loss = |inputs: &[Tensor]| {
+                loss(&copy_of(&inputs[0]), &copy_of(&inputs[1]), targets, &unset(&[chunk, v], DType::F64)).unwrap()
+            };
+            assert_gradients(loss, &[x.clone(), w.clone()], &gradients);
+        }
+    }
+
+    #[test]
+    fn independent_of_threads() {
+        let shape = [70, 40, 1001, 32];
+        let inputs = inputs(shape, DType::F32);
+        assert_independent_of_threads(|| {
+            let ([dx, dw], loss) = run(shape, &inputs, 1.0);
+            vec![dx, dw, Tensor::new(loss, &candle_core::Device::Cpu).unwrap()]
+        });
+    }
+
+    #[test]
+    fn large_logits_do_not_overflow_and_nan_is_not_hidden() {
+        let shape = [5, 3, 7, 2];
+        let (x, w, targets) = inputs(shape, DType::F32);
+        let (gradients, loss) = run(shape, &((&x * 1e3).unwrap(), w.clone(), targets.clone()), 1.0);
+        assert!(loss.is_finite() && gradients.iter().all(|g| values(g).iter().all(|g| g.is_finite())));
+        let mut elements = values(&x);
+        elements[4] = f64::NAN;
+        let (_, loss) = run(shape, &(view(&elements, x.dims(), DType::F32), w, targets), 1.0);
+        assert!(loss.is_nan());
+    }
+
+    #[test]
+    fn a_target_out_of_range_is_named() {
+        let (x, w, _) = inputs([2, 3, 7, 2], DType::F32);
+        let targets = Tensor::new(&[1u32, 7], &candle_core::Device::Cpu).unwrap();
+        let wrong = loss(&x, &w, &targets, &unset(&[2, 7], DType::F32)).unwrap_err().to_string();
+        assert!(wrong.contains("target 7 at position 1 is not below the vocabulary's 7"), "{wrong}");
+    }
+}

@@ -66,3 +66,65 @@ fn add_to_rows<T: Real>(x: &[T], index: impl Fn(usize) -> usize + Sync, sums: Ma
         }
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+
+    /// Sequences, context, vocabulary, width.
+    const SHAPES: [[usize; 4]; 4] = [[1, 1, 1, 1], [2, 3, 5, 7], [3, 4, 50, 65], [2, 300, 300, 130]];
+
+    fn inputs([b, t, v, d]: [usize; 4], dtype: DType) -> (Tensor, [Tensor; 3]) {
+        let weights = [random(&[v, d], dtype, 1), random(&[t, d], dtype, 2), random(&[b * t, d], dtype, 3)];
+        (random_indices(b * t, v, 4), weights)
+    }
+
+    fn embed(tokens: &Tensor, wte: &Tensor, wpe: &Tensor) -> Tensor {
+        let out = unset(&[tokens.elem_count(), wte.dims()[1]], wte.dtype());
+        forward(tokens, wte, wpe, &out).unwrap();
+        out
+    }
+
+    fn gradients(tokens: &Tensor, [wte, wpe, dx]: &[Tensor; 3]) -> [Tensor; 2] {
+        let [dwte, dwpe] = [constant(2.0, wte.dims(), dx.dtype()), constant(2.0, wpe.dims(), dx.dtype())];
+        backward(tokens, dx, &dwte, &dwpe).unwrap();
+        [plus(&dwte, -2.0), plus(&dwpe, -2.0)]
+    }
+
+    #[test]
+    fn forward_selects_and_backward_is_the_gradient() {
+        for shape @ [b, ..] in SHAPES {
+            let (tokens, weights) = inputs(shape, DType::F64);
+            let [wte, wpe, dx] = &weights;
+            let positions = Tensor::cat(&vec![wpe; b], 0).unwrap();
+            let selected = (wte.index_select(&tokens, 0).unwrap() + positions).unwrap();
+            assert_close(&embed(&tokens, wte, wpe), &selected, 0.0);
+            let gradients64 = gradients(&tokens, &weights);
+            let loss = |inputs: &[Tensor]| inner(&embed(&tokens, &inputs[0], &inputs[1]), dx);
+            assert_gradients(loss, &[wte.clone(), wpe.clone()], &gradients64);
+            let (tokens, weights) = inputs(shape, DType::F32);
+            assert_all_close(&gradients(&tokens, &weights), &gradients64, 1e-5);
+        }
+    }
+
+    #[test]
+    fn gradients_may_share_a_storage_and_do_not_depend_on_threads() {
+        let (tokens, [wte, _, dx]) = inputs([2, 5, 9, 200], DType::F32);
+        assert_independent_of_threads(|| {
+            let ends = constant(0.0, &[14, 200], DType::F32);
+            backward(&tokens, &dx, &ends.narrow(0, 0, 9).unwrap(), &ends.narrow(0, 9, 5).unwrap()).unwrap();
+            let apart = gradients(&tokens, &[wte.clone(), ends.narrow(0, 9, 5).unwrap(), dx.clone()]);
+            assert_close(&ends, &Tensor::cat(&apart, 0).unwrap(), 1e-5);
+            vec![ends]
+        });
+    }
+
+    #[test]
+    fn a_token_out_of_range_is_named() {
+        let (_, [wte, wpe, out]) = inputs([1, 3, 5, 2], DType::F32);
+        let tokens = Tensor::new(&[0u32, 5, 1], &candle_core::Device::Cpu).unwrap();
+        let wrong = forward(&tokens, &wte, &wpe, &out).unwrap_err().to_string();
+        assert!(wrong.contains("token 5 at position 1 is not below the vocabulary's 5"), "{wrong}");
+    }
+}

@@ -163,3 +163,61 @@ fn backward_row<T: Real>(dy: &[T], x: &[T], weight: &[T], (mean, rstd): (T, T), 
 fn sum<T: Real>(n: usize, f: impl Fn(usize) -> T) -> T {
     reduce(n, T::zero(), f, |a, b| a + b)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+    use candle_core::{D, DType};
+
+    const SHAPES: [[usize; 2]; 4] = [[1, 2], [5, 3], [7, 65], [300, 256]];
+
+    fn inputs([n, d]: [usize; 2], dtype: DType) -> [Tensor; 3] {
+        [plus(&random(&[n, d], dtype, 1), 3.0), random(&[2, d], dtype, 2), random(&[n, d], dtype, 3)]
+    }
+
+    /// out, dx, dln
+    fn run([x, ln, dy]: &[Tensor; 3]) -> [Tensor; 3] {
+        let dtype = x.dtype();
+        let [out, again, stats] = [unset(x.dims(), dtype), unset(x.dims(), dtype), unset(&[x.dims()[0], 2], dtype)];
+        forward(x, ln, &out, &stats).unwrap();
+        normalize(x, ln, &stats, &again).unwrap();
+        assert_close(&again, &out, 0.0);
+        let [dx, dln] = [constant(2.0, x.dims(), dtype), constant(2.0, ln.dims(), dtype)];
+        backward(dy, x, ln, &stats, &dx, &dln).unwrap();
+        [out, plus(&dx, -2.0), plus(&dln, -2.0)]
+    }
+
+    fn naive(x: &Tensor, ln: &Tensor) -> candle_core::Result<Tensor> {
+        let centered = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+        let std = (centered.sqr()?.mean_keepdim(D::Minus1)? + EPS)?.sqrt()?;
+        centered.broadcast_div(&std)?.broadcast_mul(&ln.get(0)?)?.broadcast_add(&ln.get(1)?)
+    }
+
+    #[test]
+    fn equals_the_naive_formula_and_is_differentiable() {
+        for shape in SHAPES {
+            let inputs64 @ [x, ln, dy] = &inputs(shape, DType::F64);
+            let results = run(inputs64);
+            assert_close(&results[0], &naive(x, ln).unwrap(), 1e-12);
+            let loss = |inputs: &[Tensor]| inner(&naive(&inputs[0], &inputs[1]).unwrap(), dy);
+            assert_gradients(loss, &[x.clone(), ln.clone()], &results[1..]);
+            assert_all_close(&run(&inputs(shape, DType::F32)), &results, 2e-5);
+        }
+    }
+
+    #[test]
+    fn independent_of_threads() {
+        assert_independent_of_threads(|| run(&inputs([900, 128], DType::F32)).to_vec());
+    }
+
+    #[test]
+    fn nan_stays_in_its_row() {
+        let [_, ln, _] = inputs([2, 2], DType::F32);
+        let x = view(&[f64::NAN, 0.0, 1.0, 2.0], &[2, 2], DType::F32);
+        let [out, stats] = [unset(&[2, 2], DType::F32), unset(&[2, 2], DType::F32)];
+        forward(&x, &ln, &out, &stats).unwrap();
+        let is_nan: Vec<bool> = values(&out).iter().map(|x| x.is_nan()).collect();
+        assert_eq!(is_nan, [true, true, false, false]);
+    }
+}

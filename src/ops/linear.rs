@@ -110,3 +110,106 @@ fn add_column_sums<T: Real>(alpha: T, x: &[T], sums: &mut [T]) {
         }
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+    use candle_core::DType;
+
+    const SHAPES: [[usize; 3]; 5] = [[1, 1, 1], [3, 5, 2], [65, 33, 17], [130, 64, 300], [257, 31, 96]];
+
+    /// x [n, i], w [o, i], b [o], y and dy [n, o].
+    fn inputs([n, i, o]: [usize; 3], dtype: DType) -> [Tensor; 4] {
+        [random(&[n, i], dtype, 1), random(&[o, i], dtype, 2), random(&[o], dtype, 3), random(&[n, o], dtype, 4)]
+    }
+
+    #[test]
+    fn forward_is_the_affine_map() {
+        for shape in SHAPES {
+            let [x, w, b, y] = inputs(shape, DType::F64);
+            let product = x.matmul(&w.t().unwrap()).unwrap();
+            let affine = product.broadcast_add(&b).unwrap();
+            for dtype in [DType::F64, DType::F32] {
+                let tolerance = if dtype == DType::F64 { 1e-13 } else { 1e-5 };
+                let [x, w, b, y0] = inputs(shape, dtype);
+                let out = unset(y.dims(), dtype);
+                forward(&x, &w, Some(&b), 0.5, 0.0, &out).unwrap();
+                assert_close(&out, &(&affine * 0.5).unwrap(), tolerance);
+                forward(&x, &w, None, 1.0, 0.0, &out).unwrap();
+                assert_close(&out, &product, tolerance);
+                forward(&x, &w, Some(&b), -2.0, 3.0, &y0).unwrap();
+                assert_close(&y0, &((&y * 3.0).unwrap() - (&affine * 2.0).unwrap()).unwrap(), tolerance);
+            }
+        }
+    }
+
+    #[test]
+    fn backward_is_the_gradient() {
+        for shape in SHAPES {
+            let [x, w, b, dy] = inputs(shape, DType::F64);
+            let run = |dtype| {
+                let [x, w, b, dy] = inputs(shape, dtype);
+                let dx = unset(x.dims(), dtype);
+                backward_input(&dy, &w, 0.5, 0.0, &dx).unwrap();
+                let [dw, db] = [constant(2.0, w.dims(), dtype), constant(2.0, b.dims(), dtype)];
+                backward_weight(&dy, &x, 0.5, &dw, Some(&db)).unwrap();
+                [dx, plus(&dw, -2.0), plus(&db, -2.0)]
+            };
+            let gradients = run(DType::F64);
+            let loss = |inputs: &[Tensor]| {
+                let out = unset(dy.dims(), DType::F64);
+                forward(&inputs[0], &inputs[1], Some(&inputs[2]), 0.5, 0.0, &out).unwrap();
+                inner(&out, &dy)
+            };
+            assert_gradients(loss, &[x.clone(), w.clone(), b], &gradients);
+            assert_all_close(&run(DType::F32), &gradients, 1e-5);
+
+            let dx = copy_of(&x);
+            backward_input(&dy, &w, 0.5, 3.0, &dx).unwrap();
+            assert_close(&dx, &(&gradients[0] + (&x * 3.0).unwrap()).unwrap(), 1e-13);
+        }
+    }
+
+    #[test]
+    fn weight_and_bias_gradient_may_share_a_storage() {
+        let [x, w, b, dy] = inputs([20, 6, 4], DType::F32);
+        let row = constant(0.0, &[28], DType::F32);
+        let [dw, db] = [row.narrow(0, 0, 24).unwrap().reshape((4, 6)).unwrap(), row.narrow(0, 24, 4).unwrap()];
+        backward_weight(&dy, &x, 1.0, &dw, Some(&db)).unwrap();
+        let [dw2, db2] = [constant(0.0, w.dims(), DType::F32), constant(0.0, b.dims(), DType::F32)];
+        backward_weight(&dy, &x, 1.0, &dw2, Some(&db2)).unwrap();
+        assert_all_close(&[dw, db], &[dw2, db2], 0.0);
+    }
+
+    #[test]
+    fn independent_of_threads() {
+        let [x, w, b, dy] = inputs([600, 70, 530], DType::F32);
+        assert_independent_of_threads(|| {
+            let [out, dx] = [unset(dy.dims(), DType::F32), unset(x.dims(), DType::F32)];
+            let [dw, db] = [constant(0.0, w.dims(), DType::F32), constant(0.0, b.dims(), DType::F32)];
+            forward(&x, &w, Some(&b), 1.0, 0.0, &out).unwrap();
+            backward_input(&dy, &w, 1.0, 0.0, &dx).unwrap();
+            backward_weight(&dy, &x, 1.0, &dw, Some(&db)).unwrap();
+            vec![out, dx, dw, db]
+        });
+    }
+
+    #[test]
+    fn wrong_arguments_are_named() {
+        let [x, w, b, dy] = inputs([3, 5, 2], DType::F32);
+        let message = |result: Result<()>| result.unwrap_err().to_string();
+        let wrong = message(forward(&x, &w, Some(&x), 1.0, 0.0, &dy));
+        assert!(wrong.contains("b has shape [3, 5], expected [2]"), "{wrong}");
+        let wrong = message(forward(&x, &w.to_dtype(DType::F64).unwrap(), Some(&b), 1.0, 0.0, &dy));
+        assert!(wrong.contains("w is F64, expected F32"), "{wrong}");
+        let wrong = message(backward_input(&dy, &w, 1.0, 0.0, &x.t().unwrap().contiguous().unwrap().t().unwrap()));
+        assert!(wrong.contains("dx is not contiguous"), "{wrong}");
+        let square = constant(1.0, &[3, 3], DType::F32);
+        let wrong = message(forward(&square, &square, None, 1.0, 0.0, &square));
+        assert!(wrong.contains("out shares its storage with x"), "{wrong}");
+        let half = x.to_dtype(DType::BF16).unwrap();
+        let wrong = message(forward(&half, &half, None, 1.0, 0.0, &half.matmul(&half.t().unwrap()).unwrap()));
+        assert!(wrong.contains("no kernel for BF16"), "{wrong}");
+    }
+}

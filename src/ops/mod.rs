@@ -20,3 +20,6 @@ mod matrix;
 pub mod norm;
 mod real;
 pub mod residual;
+
+#[cfg(test)]
+mod testing;

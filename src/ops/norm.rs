@@ -31,3 +31,24 @@ fn piece<T: Real>(x: &[T]) -> f64 {
         },
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+    use candle_core::DType;
+
+    #[test]
+    fn sums_in_f64_in_a_fixed_order() {
+        for n in [0, 1, 33, 100_003] {
+            let x = random(&[n], DType::F32, 1);
+            let expected: f64 = values(&x).iter().map(|x| x * x).sum();
+            assert!((sum_of_squares(&x).unwrap() - expected).abs() <= 1e-12 * expected);
+            assert_independent_of_threads(|| {
+                vec![Tensor::new(sum_of_squares(&x).unwrap(), &candle_core::Device::Cpu).unwrap()]
+            });
+        }
+        assert!(sum_of_squares(&constant(f64::NAN, &[3], DType::F32)).unwrap().is_nan());
+        assert!((sum_of_squares(&constant(1e30, &[2], DType::F32)).unwrap() / 2e60 - 1.0).abs() < 1e-6);
+    }
+}

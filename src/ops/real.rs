@@ -57,7 +57,8 @@ real!(f32, F32, exp_f32);
 real!(f64, F64, f64::exp);
 
 /// e^x = 2^n e^r, n = round(x / ln 2), |r| ≤ ln 2 / 2, with the polynomial of Cephes' `expf`; branch-free, so that it
-/// vectorises. Relative error below 2e-7; x is clamped to [-87.3, 88.3], where f32 neither underflows nor overflows.
+/// vectorises. Relative error below 2e-7; x is clamped to ±87.3, where neither it nor its inverse leaves
+/// the normal range.
 #[inline(always)]
 fn exp_f32(x: f32) -> f32 {
     // 1.5 * 2^23: adding it rounds to an integer, left in the low bits of the sum
@@ -66,7 +67,7 @@ fn exp_f32(x: f32) -> f32 {
     const LN2_LOW: f32 = -2.121_944_4e-4;
     // written so that NaN passes both
     let x = if x < -87.3 { -87.3 } else { x };
-    let x = if x > 88.3 { 88.3 } else { x };
+    let x = if x > 87.3 { 87.3 } else { x };
     let rounded = x.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = rounded - ROUND;
     let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, x));
@@ -142,7 +143,7 @@ mod tests {
     fn exp_f32_is_close_everywhere_it_is_normal() {
         let mut worst = 0f64;
         for i in 0..=1_000_000 {
-            let x = -87.3 + 175.6 * (i as f32 / 1_000_000.0);
+            let x = -87.3 + 174.6 * (i as f32 / 1_000_000.0);
             let exact = (x as f64).exp();
             worst = worst.max((exp_f32(x) as f64 - exact).abs() / exact);
         }

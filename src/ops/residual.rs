@@ -56,3 +56,32 @@ fn scale_add_piece<T: Real>(a: T, out: &mut [T], b: T, x: &[T]) {
         },
     );
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+    use candle_core::DType;
+
+    #[test]
+    fn linear_combinations() {
+        for (dtype, tolerance) in [(DType::F32, 1e-6), (DType::F64, 1e-15)] {
+            for n in [1, 10, 70_001] {
+                let [x, y] = [random(&[n], dtype, 1), random(&[n], dtype, 2)];
+                let out = unset(&[n], dtype);
+                combine(2.0, &x, -0.5, &y, &out).unwrap();
+                assert_close(&out, &((&x * 2.0).unwrap() + (&y * -0.5).unwrap()).unwrap(), tolerance);
+                let out = copy_of(&x);
+                scale_add(0.25, &out, 3.0, &y).unwrap();
+                assert_close(&out, &((&x * 0.25).unwrap() + (&y * 3.0).unwrap()).unwrap(), tolerance);
+            }
+        }
+    }
+
+    #[test]
+    fn views_of_one_storage_are_refused() {
+        let both = constant(1.0, &[8], DType::F32);
+        let [x, out] = [both.narrow(0, 0, 4).unwrap(), both.narrow(0, 4, 4).unwrap()];
+        assert!(scale_add(1.0, &out, 1.0, &x).unwrap_err().to_string().contains("shares its storage"));
+    }
+}
