@@ -16,3 +16,6 @@ pub use hierarchy::Hierarchy;
 pub use memory::{Memory, memory};
 pub use snapshot::{Named, Snapshot};
 pub use switch::Gradient;
+
+#[cfg(test)]
+mod tests;

@@ -135,7 +135,7 @@ impl Hierarchy {
     }
 
     /// g of coset 0 of `level` [N_l, P]; a copy where levels share rows.
-    fn gradient_of(&self, level: usize) -> Result<Tensor> {
+    pub(super) fn gradient_of(&self, level: usize) -> Result<Tensor> {
         let grad = &self.group(level).grad;
         if !self.shares_rows() {
             return Ok(grad.clone());
