@@ -2,7 +2,7 @@
 
 use crate::comm::{Buckets, Communicator};
 use crate::config::Config;
-use crate::data::{Batch, Dataset, Sampler, Split};
+use crate::data::{Batch, Dataset, Sampler, Split, share};
 use crate::error::{Result, ensure};
 use crate::levels::Hierarchy;
 use crate::model::{Net, Params, Ready, Spec};
@@ -39,12 +39,12 @@ impl Differentiator {
             "data.batch = {sequences} is less than the {} ranks, and each needs a sequence: take a larger batch or fewer ranks",
             comm.size()
         );
-        let share = split_evenly(sequences, comm.rank(), comm.size());
+        let share = share(sequences, comm.rank(), comm.size());
         let micro_batch = micro_batch(config, comm.size());
         let dataset = Dataset::open(&config.data.dir, Split::Train)?;
         Ok(Differentiator {
             net: Net::new(spec, spec.depth, micro_batch, DType::F32, device)?,
-            sampler: Sampler::new(dataset, config.data.context, config.run.seed)?,
+            sampler: Sampler::new(&dataset, config.data.context, config.run.seed)?,
             batch: Batch::default(),
             buckets: Buckets::default(),
             sequences,
@@ -103,7 +103,7 @@ impl Differentiator {
 
     /// Sequences of the training data in one epoch.
     pub fn epoch(&self) -> u64 {
-        self.sampler.sequences()
+        self.sampler.windows()
     }
 
     /// Seconds that reductions have kept this rank waiting so far.
@@ -148,26 +148,4 @@ fn zero_gradient(hierarchy: &Hierarchy, target: Target) -> Result<()> {
         access::fill(&grad.narrow(0, row, 1)?, 0.0)?;
     }
     access::fill(&hierarchy.ends().grad, 0.0)
-}
-
-/// The `part`-th of `parts` nearly equal ranges of `0..total`.
-pub fn split_evenly(total: usize, part: usize, parts: usize) -> Range<usize> {
-    total * part / parts..total * (part + 1) / parts
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn shares_cover_the_batch_once_and_differ_by_at_most_one() {
-        for total in 1..40 {
-            for parts in 1..=total {
-                let shares: Vec<_> = (0..parts).map(|part| split_evenly(total, part, parts)).collect();
-                assert_eq!(shares.iter().cloned().flatten().collect::<Vec<_>>(), (0..total).collect::<Vec<_>>());
-                let (least, most) = (total / parts, total.div_ceil(parts));
-                assert!(shares.iter().all(|s| (least..=most).contains(&s.len())));
-            }
-        }
-    }
 }

@@ -1,9 +1,10 @@
 //! The numerical work of a run: step, switch, evaluation. Knows the net and its levels, not the plan.
 
-use super::gradient::{Differentiator, Target, gradient_norm, split_evenly};
+use super::gradient::{Differentiator, Target, gradient_norm};
+use crate::checkpoint::Checkpoint;
 use crate::comm::{Communicator, Reduction};
 use crate::config::{Config, DeviceKind, Parametrization};
-use crate::data::{Dataset, Sampler, Split};
+use crate::data::{Dataset, Sampler, Split, share};
 use crate::error::{Result, bail};
 use crate::levels::Hierarchy;
 use crate::model::{Spec, initialize};
@@ -117,10 +118,16 @@ impl Learner {
     /// Mean validation loss, in nats a token, of the fine net as it would be if all ascents were done now. Collective.
     pub fn evaluate(&mut self, comm: &mut dyn Communicator) -> Result<f64> {
         let Validation { sampler, sequences } = &self.validation;
-        let share = split_evenly(*sequences, comm.rank(), comm.size());
+        let share = share(*sequences, comm.rank(), comm.size());
         let mut sums = [self.differentiator.loss(self.hierarchy.fine()?, sampler, share)?];
         comm.reduce(&mut sums, Reduction::Sum)?;
         Ok(sums[0] / self.validation_tokens() as f64)
+    }
+
+    /// Takes the fine net over from a checkpoint, in place.
+    pub fn load_model(&mut self, checkpoint: &Checkpoint) -> Result<()> {
+        let (blocks, ends) = (self.hierarchy.group(0), self.hierarchy.ends());
+        checkpoint.read_model(&[("blocks", &blocks.layout, &blocks.theta), ("ends", &ends.layout, &ends.theta)])
     }
 
     /// Tokens that an evaluation predicts.
@@ -138,8 +145,8 @@ struct Validation {
 impl Validation {
     fn new(config: &Config) -> Result<Validation> {
         let dataset = Dataset::open(&config.data.dir, Split::Val)?;
-        let sampler = Sampler::in_order(dataset, config.data.context)?;
-        let available = sampler.sequences() as usize;
+        let sampler = Sampler::in_order(&dataset, config.data.context)?;
+        let available = sampler.windows() as usize;
         let sequences = match config.log.eval_sequences {
             0 => available,
             wanted => wanted.min(available),

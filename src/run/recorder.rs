@@ -1,16 +1,15 @@
 //! Writes `metrics.jsonl`, the log and the progress bar. Only rank 0 has a recorder.
 
 use super::console::Console;
-use super::directory::{RunDirectory, write_whole};
-use super::history::{self, Metrics};
+use super::directory::RunDirectory;
+use super::history::{Log, Metrics};
 use crate::config::Config;
 use crate::error::{Context, Result};
-use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::fs::OpenOptions;
 
 /// Open files of one run.
 pub struct Recorder {
-    metrics: File,
+    metrics: Log,
     console: Console,
     steps: u64,
     log_every: u64,
@@ -19,18 +18,12 @@ pub struct Recorder {
 impl Recorder {
     /// Opens the files for appending; metrics of steps after `resumed` are dropped, so that no step counts twice.
     pub fn open(directory: &RunDirectory, config: &Config, console: &Console, resumed: u64) -> Result<Recorder> {
-        drop_later_steps(directory, resumed)?;
-        let append = |path: std::path::PathBuf| {
-            OpenOptions::new()
-                .create(true)
-                .append(true)
-                .open(&path)
-                .with_context(|| format!("cannot open {} for appending", path.display()))
-        };
-        console.log_to(append(directory.log_file())?);
+        let log = directory.log_file();
+        let appending = OpenOptions::new().create(true).append(true).open(&log);
+        console.log_to(appending.with_context(|| format!("cannot open {} for appending", log.display()))?);
         console.start_bar(config.run.steps, resumed);
         Ok(Recorder {
-            metrics: append(directory.metrics_file())?,
+            metrics: Log::open(&directory.metrics_file(), resumed)?,
             console: console.clone(),
             steps: config.run.steps,
             log_every: config.log.every_steps,
@@ -44,9 +37,7 @@ impl Recorder {
 
     /// Writes one line of metrics, and one of log.
     pub fn record(&mut self, metrics: &Metrics) -> Result<()> {
-        let mut line = serde_json::to_string(metrics)?;
-        line.push('\n');
-        self.metrics.write_all(line.as_bytes()).context("cannot write metrics.jsonl")?;
+        self.metrics.append(metrics)?;
         tracing::info!("{}", self.log_line(metrics));
         Ok(())
     }
@@ -77,17 +68,4 @@ impl Recorder {
             m.elapsed_s,
         )
     }
-}
-
-fn drop_later_steps(directory: &RunDirectory, resumed: u64) -> Result<()> {
-    let file = directory.metrics_file();
-    if !file.exists() {
-        return Ok(());
-    }
-    let mut kept = String::new();
-    for metrics in history::read(&file)?.iter().filter(|m| m.step <= resumed) {
-        kept.push_str(&serde_json::to_string(metrics)?);
-        kept.push('\n');
-    }
-    write_whole(&file, &kept)
 }

@@ -10,7 +10,7 @@ use super::progress::{Progress, coset_at};
 use super::recorder::Recorder;
 use super::resolve::resolve_vocab;
 use super::stop::{Schedule, Wishes};
-use crate::checkpoint::{self, Checkpoint, Part, State, Visitor, Writer};
+use crate::checkpoint::{self, Check, Checkpoint, Part, State, Visitor, Writer};
 use crate::comm::{Communicator, agree};
 use crate::config::Config;
 use crate::cycle::{self, Coset, Op};
@@ -18,7 +18,7 @@ use crate::error::{Context, Outcome, Result, anyhow};
 use crate::levels::Snapshot;
 use crate::model::{Flops, step_flops};
 use crate::optim;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// Where a run writes, and whether it continues one.
@@ -45,6 +45,7 @@ struct Trainer {
     learner: Learner,
     progress: Progress,
     schedule: Schedule,
+    writer: Writer,
     /// What only rank 0 has.
     root: Option<Root>,
     /// FLOPs of all steps done: a function of the progress, kept because metrics need it often.
@@ -56,7 +57,6 @@ struct Trainer {
 /// Rank 0 writes for all.
 struct Root {
     recorder: Recorder,
-    writer: Writer,
     /// FLOP/s that all ranks' matrix products reach together, the 1 of `mfu`.
     peak_flops: f64,
 }
@@ -85,7 +85,7 @@ impl Trainer {
         let learner = Learner::new(&config, comm);
         let mut learner = agree(comm, learner)?;
         let mut progress = Progress::new(cycle::plan(&config));
-        let resumed = newest_checkpoint(&directory, options.resume, comm)?;
+        let resumed = newest_checkpoint(&options.run_dir, options.resume, comm)?;
         if let Some(checkpoint) = &resumed {
             let restored = restore(checkpoint, &config, &mut learner, &mut progress);
             agree(comm, restored)?;
@@ -94,8 +94,7 @@ impl Trainer {
         let root = if is_root {
             directory.add_provenance(environment::provenance(&*comm, options.threads, peak_flops, &config.data.dir))?;
             let recorder = Recorder::open(&directory, &config, console, progress.step)?;
-            let writer = Writer::new(&directory.checkpoints(), config.checkpoint.keep)?;
-            Some(Root { recorder, writer, peak_flops })
+            Some(Root { recorder, peak_flops })
         } else {
             None
         };
@@ -105,6 +104,7 @@ impl Trainer {
             flops: progress.flops(&config, learner.spec()),
             clock: Clock { start: now, before: progress.elapsed_s, line: now, line_step: step },
             saved_step: resumed.map(|_| step),
+            writer: agree(comm, Writer::new(&options.run_dir, &config, is_root))?,
             config,
             learner,
             progress,
@@ -272,16 +272,14 @@ impl Trainer {
         }
     }
 
-    /// Writes a checkpoint of the step just done, unless there is one. Other ranks than 0 have nothing to do.
+    /// Writes a checkpoint of the step just done, unless there is one.
     fn save(&mut self) -> Result<()> {
         let step = self.progress.step;
         if self.saved_step == Some(step) {
             return Ok(());
         }
-        let Trainer { config, learner, progress, root, .. } = self;
-        if let Some(root) = root {
-            root.writer.save(step, config, &mut RunState { learner, progress })?;
-        }
+        let Trainer { learner, progress, writer, .. } = self;
+        writer.save(step, &mut RunState { learner, progress })?;
         self.schedule.saved();
         self.saved_step = Some(step);
         Ok(())
@@ -290,14 +288,10 @@ impl Trainer {
     /// The last checkpoint, and the end of the background work.
     fn finish(mut self, comm: &mut dyn Communicator, outcome: Outcome) -> Result<()> {
         self.save()?;
-        let written = match self.root.take() {
-            Some(root) => {
-                root.recorder.finish();
-                root.writer.finish()
-            }
-            None => Ok(()),
-        };
-        agree(comm, written)?;
+        agree(comm, self.writer.finish())?;
+        if let Some(root) = &self.root {
+            root.recorder.finish();
+        }
         let (step, seconds) = (self.progress.step, self.progress.elapsed_s);
         match outcome {
             Outcome::Done => tracing::info!("done: {step} steps in {seconds:.1} s"),
@@ -314,7 +308,7 @@ fn end(plan: &[Op]) -> cycle::Position {
 
 /// The newest intact checkpoint, the same on every rank; `None` to start from the beginning. Collective.
 fn newest_checkpoint(
-    directory: &RunDirectory,
+    run_dir: &Path,
     resume: bool,
     comm: &mut dyn Communicator,
 ) -> Result<Option<Checkpoint>> {
@@ -322,7 +316,7 @@ fn newest_checkpoint(
         return Ok(None);
     }
     // Rank 0 verifies the checksums; the others open what it found.
-    let found = if comm.rank() == 0 { checkpoint::latest(&directory.checkpoints()) } else { Ok(None) };
+    let found = if comm.rank() == 0 { checkpoint::latest(run_dir) } else { Ok(None) };
     let found = agree(comm, found)?;
     let mut path = found.map_or(Vec::new(), |c| c.path().as_os_str().as_encoded_bytes().to_vec());
     comm.broadcast(&mut path, 0)?;
@@ -330,7 +324,7 @@ fn newest_checkpoint(
         return Ok(None);
     }
     let path = PathBuf::from(String::from_utf8(path).context("the path of the checkpoint is not UTF-8")?);
-    let opened = Checkpoint::open(&path);
+    let opened = Checkpoint::open(&path, Check::Sizes);
     agree(comm, opened).map(Some)
 }
 
