@@ -146,7 +146,15 @@ mod naive {
         (0..x.len()).map(|i| (0..x[0].len()).map(|j| entry(i, j)).collect()).collect()
     }
 
-    fn matrix(t: &OptimizerTable, columns: usize, decay: f64, g: &[f64], state: &mut [Vec<f64>], first: usize, len: usize) {
+    fn matrix(
+        t: &OptimizerTable,
+        columns: usize,
+        decay: f64,
+        g: &[f64],
+        state: &mut [Vec<f64>],
+        first: usize,
+        len: usize,
+    ) {
         let u: Vec<f64> = (first..first + len).map(|i| momentum(t, g[i], &mut state[1][i])).collect();
         let norm = u.iter().map(|x| x * x).sum::<f64>().sqrt();
         let mut x: Matrix = u.chunks(columns).map(|row| row.iter().map(|x| x / norm).collect()).collect();
@@ -250,9 +258,12 @@ fn a_gradient_that_is_not_a_number_is_seen_in_theta() {
 fn wrong_arguments_are_refused() {
     for table in tables() {
         let run = Run::new(&table, DType::F32);
-        let (step, grad) = (|rows: &[usize], updates: &[u64], theta: &Tensor, grad: &Tensor| {
-            run.optimizer.step(&run.layout, rows, updates, theta, grad, &run.moments, &HYPER)
-        }, run.theta.zeros_like().unwrap());
+        let (step, grad) = (
+            |rows: &[usize], updates: &[u64], theta: &Tensor, grad: &Tensor| {
+                run.optimizer.step(&run.layout, rows, updates, theta, grad, &run.moments, &HYPER)
+            },
+            run.theta.zeros_like().unwrap(),
+        );
         assert!(step(&[3], &[0], &run.theta, &grad).is_err(), "no such row");
         assert!(step(&[0], &[], &run.theta, &grad).is_err(), "no update count");
         assert!(step(&[0], &[0], &run.theta, &run.theta).is_err(), "the gradient is theta");

@@ -170,3 +170,39 @@ impl Optimizer for Muon {
         Step { layout, rows, updates, theta, grad, moments, hyper }.apply(self)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// |A v| after many steps of v ← A v / |A v|: the largest eigenvalue of a symmetric positive A.
+    fn largest_eigenvalue(a: &[f64], n: usize) -> f64 {
+        let mut v: Vec<f64> = (0..n).map(|i| (1.0 + i as f64).sin()).collect();
+        let mut norm = 0.0;
+        for _ in 0..2000 {
+            v = a.chunks(n).map(|row| row.iter().zip(&v).map(|(a, v)| a * v).sum()).collect();
+            norm = v.iter().map(|v| v * v).sum::<f64>().sqrt();
+            v.iter_mut().for_each(|v| *v /= norm);
+        }
+        norm
+    }
+
+    #[test]
+    fn orthogonalized_matrices_have_singular_values_near_1() {
+        for (rows, columns) in [(12, 12), (8, 40), (40, 8)] {
+            let mut u: Vec<f64> = (0..rows * columns).map(|i| ((i * i) as f64 * 0.37).sin()).collect();
+            let small = rows.min(columns);
+            let mut workspace = vec![0.0; u.len() + 2 * small * small];
+            let x = Mat::new(orthogonalize(&mut u, &mut workspace, columns), columns);
+            let (left, right) = if rows <= columns { (x, x.t()) } else { (x.t(), x) };
+            let mut gram = vec![0.0; small * small];
+            multiply(1.0, left, right, 0.0, MatMut::new(&mut gram, small));
+            let largest = largest_eigenvalue(&gram, small);
+            gram.iter_mut().for_each(|a| *a = -*a);
+            gram.iter_mut().step_by(small + 1).for_each(|a| *a += largest);
+            let smallest = largest - largest_eigenvalue(&gram, small);
+            let (smallest, largest) = (smallest.sqrt(), largest.sqrt());
+            assert!(smallest > 0.6 && largest < 1.3, "{rows} x {columns}: from {smallest} to {largest}");
+        }
+    }
+}
