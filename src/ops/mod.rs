@@ -16,9 +16,9 @@ pub mod embedding;
 pub mod gelu;
 pub mod layer_norm;
 pub mod linear;
-mod matrix;
+pub mod matrix;
 pub mod norm;
-mod real;
+pub mod real;
 pub mod residual;
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ pub trait Real: WithDType + Neg<Output = Self> {
     }
     /// self * a + b, rounded once.
     fn mul_add(self, a: Self, b: Self) -> Self;
+    fn sqrt(self) -> Self;
     /// e^self; NaN stays NaN. f64: exact; f32: [`exp_f32`].
     fn exp(self) -> Self;
     fn slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]>;
@@ -34,6 +35,10 @@ macro_rules! real {
             #[inline(always)]
             fn mul_add(self, a: $t, b: $t) -> $t {
                 $t::mul_add(self, a, b)
+            }
+            #[inline(always)]
+            fn sqrt(self) -> $t {
+                $t::sqrt(self)
             }
             #[inline(always)]
             fn exp(self) -> $t {
