@@ -1,6 +1,6 @@
 //! Affine map of rows: y = x wᵀ + b.
 use super::access::{check, matrix_shape, on_cpu, read, write};
-use super::matrix::{Mat, MatMut, multiply_parallel};
+use super::matrix::{Mat, MatMut, for_each_tile, multiply, multiply_parallel};
 use super::real::{Real, rows_per_piece, vectorized, with_scratch};
 use crate::error::Result;
 use candle_core::Tensor;
@@ -18,13 +18,16 @@ pub fn forward(x: &Tensor, w: &Tensor, b: Option<&Tensor>, alpha: f64, beta: f64
     on_cpu!(OP, out, T => {
         let (x, w) = (read::<T>(x)?, read::<T>(w)?);
         let b = b.map(read::<T>).transpose()?;
+        let (x, w) = (Mat::new(&x, i), Mat::new(&w, i).t());
         write(out, |out: &mut [T]| {
-            let mut beta = beta;
-            if let Some(b) = b {
-                scale_and_add_to_rows(T::of(beta), T::of(alpha), &b, out);
-                beta = 1.0;
-            }
-            multiply_parallel(alpha, Mat::new(&x, i), Mat::new(&w, i).t(), beta, MatMut::new(out, o));
+            for_each_tile(MatMut::new(out, o), |mut tile| {
+                let mut beta = beta;
+                if let Some(b) = &b {
+                    scale_and_add_to_rows(T::of(beta), T::of(alpha), &b[tile.cols.clone()], &mut tile.elements);
+                    beta = 1.0;
+                }
+                multiply(alpha, x.rows(tile.rows), w.columns(tile.cols), beta, tile.elements);
+            });
             Ok(())
         })
     })
@@ -72,21 +75,20 @@ pub fn backward_weight(dy: &Tensor, x: &Tensor, alpha: f64, dw: &Tensor, db: Opt
 }
 
 /// Each row of out = beta * out + alpha * b. beta = 0 does not read out.
-fn scale_and_add_to_rows<T: Real>(beta: T, alpha: T, b: &[T], out: &mut [T]) {
-    out.par_chunks_mut(rows_per_piece(b.len()) * b.len()).for_each(|rows| {
-        vectorized(
-            #[inline(always)]
-            || {
-                for row in rows.chunks_exact_mut(b.len()) {
-                    if beta == T::zero() {
-                        row.iter_mut().zip(b).for_each(|(out, &b)| *out = alpha * b);
-                    } else {
-                        row.iter_mut().zip(b).for_each(|(out, &b)| *out = beta * *out + alpha * b);
-                    }
+fn scale_and_add_to_rows<T: Real>(beta: T, alpha: T, b: &[T], out: &mut MatMut<T>) {
+    vectorized(
+        #[inline(always)]
+        || {
+            for row in 0..out.rows() {
+                let out = out.row(row).iter_mut().zip(b);
+                if beta == T::zero() {
+                    out.for_each(|(out, &b)| *out = alpha * b);
+                } else {
+                    out.for_each(|(out, &b)| *out = beta * *out + alpha * b);
                 }
-            },
-        );
-    });
+            }
+        },
+    );
 }
 
 /// sums += alpha * column sums of the rows of x.
