@@ -1,6 +1,29 @@
 //! Communication between ranks.
+//!
+//! [`World`] is the job: it starts MPI if a launcher started this process, and ends all ranks alike.
+//! [`Communicator`] is a group of ranks; [`Buckets`] sums gradients over one while the backward pass goes on.
+//!
+//! | implementation | ranks are |
+//! | --- | --- |
+//! | [`Solo`] | this process alone |
+//! | [`thread`] | threads of one process, for tests |
+//! | `mpi` (feature `mpi`) | processes under `mpirun` or `srun` |
+
+mod buckets;
+mod launch;
+#[cfg(feature = "mpi")]
+mod mpi;
+mod pool;
+mod solo;
+pub mod thread;
+mod world;
+
+pub use buckets::Buckets;
+pub use solo::Solo;
+pub use world::{World, agree};
 
 use crate::error::Result;
+use std::time::Duration;
 
 /// Handle of a reduction that was started and not yet waited for.
 #[derive(Debug, PartialEq, Eq, Hash, Clone, Copy)]
@@ -10,26 +33,45 @@ pub struct Ticket(pub u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reduction {
     Sum,
+    /// Undefined where a value is NaN.
     Max,
 }
 
-/// A group of ranks. All ranks call the collectives in the same order. One host thread uses it.
+/// A group of ranks. All ranks call the collectives (every method but `rank`, `size`, `progress`, `wait`,
+/// `set_timeout` and `abort`) in the same order. One host thread uses it.
+///
+/// A reduction gives the same bits on every rank, and the same bits again when it is repeated. After an error a group is
+/// of no more use: end the job.
 pub trait Communicator {
     fn rank(&self) -> usize;
     fn size(&self) -> usize;
+    /// A collective that does not complete within this time is an error that names it. Default: 600 s.
+    fn set_timeout(&mut self, timeout: Duration);
     /// Starts the sum of `data` over all ranks; the communicator owns the buffer until [`Communicator::wait`].
     fn start_sum(&mut self, data: Vec<f32>) -> Result<Ticket>;
     /// Moves started reductions on; cheap; call it often while computing.
     fn progress(&mut self) -> Result<()>;
-    /// Finishes a started reduction and gives the buffer back with the sums.
+    /// Finishes a started reduction and gives a buffer of the same length with the sums. Any order of tickets will do.
     fn wait(&mut self, ticket: Ticket) -> Result<Vec<f32>>;
     /// Blocking reduction of a few numbers.
     fn reduce(&mut self, values: &mut [f64], reduction: Reduction) -> Result<()>;
     /// `data` of `root` to all ranks; the others' content and length are replaced.
     fn broadcast(&mut self, data: &mut Vec<u8>, root: usize) -> Result<()>;
     fn barrier(&mut self) -> Result<()>;
-    /// Ranks with the same colour form a new group, ordered by rank; `None` joins none. Every rank calls it.
+    /// Ranks with the same colour form a new group, ordered by rank; `None` joins none. Every rank calls it, and drops
+    /// the groups it joined in the same order as the other ranks.
     fn split(&mut self, color: Option<usize>) -> Result<Option<Box<dyn Communicator>>>;
     /// Ends every rank of the job at once.
     fn abort(&self, code: i32) -> !;
+}
+
+/// Time limit of a collective until [`Communicator::set_timeout`] is called.
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(600);
+
+/// The message of a collective that ran into the time limit.
+fn timed_out(rank: usize, op: &dyn std::fmt::Display, timeout: Duration) -> crate::error::Error {
+    crate::error::anyhow!(
+        "rank {rank} waited {} s in the collective `{op}`: another rank has stopped or hangs (parallel.timeout sets this limit)",
+        timeout.as_secs_f64()
+    )
 }

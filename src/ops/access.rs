@@ -1,17 +1,215 @@
-//! Typed access to the elements of contiguous CPU tensors, without copies.
-use crate::error::Result;
-use candle_core::Tensor;
-// to be written: read / write access (Tensor::inplace_op1 gives the mutable storage), trait Real (f32, f64), SIMD dispatch (pulp)
+//! Typed access to the elements of contiguous CPU tensors, without copies, and the checks every op makes of its arguments.
+//!
+//! Reading holds a read lock of the storage, writing its write lock ([`check`] refuses the argument lists that would
+//! wait for themselves).
+use super::real::{PIECE, Real};
+use crate::error::{Result, anyhow, bail, ensure};
+use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Storage, Tensor, WithDType};
+use rayon::prelude::*;
+use std::cell::Cell;
+use std::ops::{Deref, Range};
+
+/// Evaluates `$body` with `$T` the element type of `$tensor`. A device without a kernel is an error that names the op;
+/// an op's kernel for another device is one more arm in the op.
+macro_rules! on_cpu {
+    ($op:expr, $tensor:expr, $T:ident => $body:expr) => {
+        match ($tensor.device(), $tensor.dtype()) {
+            (candle_core::Device::Cpu, candle_core::DType::F32) => {
+                type $T = f32;
+                $body
+            }
+            (candle_core::Device::Cpu, candle_core::DType::F64) => {
+                type $T = f64;
+                $body
+            }
+            (device, dtype) => Err($crate::ops::access::no_kernel($op, device, dtype)),
+        }
+    };
+}
+pub(super) use on_cpu;
+
+pub fn no_kernel(op: &str, device: &candle_core::Device, dtype: DType) -> crate::error::Error {
+    anyhow!("{op}: there is no kernel for {dtype:?} on {:?}; it runs on the CPU in f32 or f64", device.location())
+}
+
+/// A named argument of an op with the shape it must have.
+pub type Argument<'a> = (&'static str, &'a Tensor, &'a [usize]);
+
+/// Every argument has its shape, the dtype, and contiguous elements; no output shares storage with another argument.
+pub fn check(op: &str, dtype: DType, inputs: &[Argument], outputs: &[Argument]) -> Result<()> {
+    for &(name, tensor, shape) in inputs.iter().chain(outputs) {
+        ensure!(tensor.dims() == shape, "{op}: {name} has shape {:?}, expected {shape:?}", tensor.dims());
+        ensure!(tensor.dtype() == dtype, "{op}: {name} is {:?}, expected {dtype:?}", tensor.dtype());
+        ensure!(tensor.is_contiguous(), "{op}: {name} is not contiguous (strides {:?})", tensor.stride());
+    }
+    for (i, (name, output, _)) in outputs.iter().enumerate() {
+        for (other, tensor, _) in inputs.iter().chain(&outputs[..i]) {
+            ensure!(
+                storage_address(output) != storage_address(tensor),
+                "{op}: {name} shares its storage with {other}; give it a tensor of its own"
+            );
+        }
+    }
+    Ok(())
+}
+
+fn storage_address(tensor: &Tensor) -> *const Storage {
+    &*tensor.storage_and_layout().0
+}
+
+/// Rows and columns of a matrix argument.
+pub fn matrix_shape(op: &str, name: &str, tensor: &Tensor) -> Result<(usize, usize)> {
+    match *tensor.dims() {
+        [rows, columns] => Ok((rows, columns)),
+        ref shape => bail!("{op}: {name} has shape {shape:?}, expected a matrix"),
+    }
+}
+
+/// Every index is below `end`.
+pub fn check_indices(op: &str, what: &str, indices: &[u32], end: usize) -> Result<()> {
+    match indices.iter().position(|&index| index as usize >= end) {
+        Some(i) => bail!("{op}: {what} {} at position {i} is not below the vocabulary's {end}", indices[i]),
+        None => Ok(()),
+    }
+}
+
+struct Elements<G, T> {
+    storage: G,
+    range: Range<usize>,
+    as_slice: fn(&CpuStorage) -> candle_core::Result<&[T]>,
+}
+
+impl<G: Deref<Target = Storage>, T> Deref for Elements<G, T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        match &*self.storage {
+            Storage::Cpu(storage) => match (self.as_slice)(storage) {
+                Ok(data) => &data[self.range.clone()],
+                Err(_) => unreachable!("`read` has checked the dtype"),
+            },
+            _ => unreachable!("`read` has checked the device"),
+        }
+    }
+}
+
+/// The elements of a contiguous CPU tensor, read-locked until dropped.
+pub fn read<T: WithDType>(tensor: &Tensor) -> Result<impl Deref<Target = [T]>> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let range = contiguous_range(layout)?;
+    ensure!(matches!(&*storage, Storage::Cpu(_)), "expected a tensor on the CPU, it is on {:?}", tensor.device());
+    ensure!(tensor.dtype() == T::DTYPE, "expected a tensor of {:?}, it is {:?}", T::DTYPE, tensor.dtype());
+    Ok(Elements { storage, range, as_slice: T::cpu_storage_as_slice })
+}
+
+/// Calls `f` with the elements of a contiguous CPU tensor, write-locked meanwhile.
+pub fn write<T: Real, R>(tensor: &Tensor, f: impl FnOnce(&mut [T]) -> Result<R>) -> Result<R> {
+    write_as(tensor, T::slice_mut, f)
+}
+
+fn write_as<T, R>(
+    tensor: &Tensor,
+    as_slice: fn(&mut CpuStorage) -> Option<&mut [T]>,
+    f: impl FnOnce(&mut [T]) -> Result<R>,
+) -> Result<R> {
+    let range = contiguous_range(tensor.layout())?;
+    let result = Cell::new(None);
+    let f = Cell::new(Some(f));
+    tensor.inplace_op1(&Write(|storage: &mut CpuStorage| {
+        if let (Some(data), Some(f)) = (as_slice(storage), f.take()) {
+            result.set(Some(f(&mut data[range.clone()])));
+        }
+    }))?;
+    result.into_inner().unwrap_or_else(|| bail!("a kernel cannot write into a tensor of {:?}", tensor.dtype()))
+}
+
+/// candle's public way to the mutable storage of a tensor is an in-place op.
+struct Write<F>(F);
+
+impl<F: Fn(&mut CpuStorage)> InplaceOp1 for Write<F> {
+    fn name(&self) -> &'static str {
+        "write"
+    }
+    fn cpu_fwd(&self, storage: &mut CpuStorage, _: &Layout) -> candle_core::Result<()> {
+        (self.0)(storage);
+        Ok(())
+    }
+}
+
+fn contiguous_range(layout: &Layout) -> Result<Range<usize>> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(start..end),
+        None => bail!("expected a contiguous tensor, its strides are {:?}", layout.stride()),
+    }
+}
 
 /// x = value, all elements.
-pub fn fill(_x: &Tensor, _value: f64) -> Result<()> {
-    todo!()
+pub fn fill(x: &Tensor, value: f64) -> Result<()> {
+    on_cpu!("fill", x, T => write(x, |x: &mut [T]| {
+        let value = T::of(value);
+        x.par_chunks_mut(PIECE).for_each(|piece| piece.fill(value));
+        Ok(())
+    }))
 }
-/// Copies the elements of `source` into `out` (=).
-pub fn copy(_source: &Tensor, _out: &Tensor) -> Result<()> {
-    todo!()
+
+/// out = source, same shape.
+pub fn copy(source: &Tensor, out: &Tensor) -> Result<()> {
+    const OP: &str = "copy";
+    check(OP, source.dtype(), &[("source", source, source.dims())], &[("out", out, source.dims())])?;
+    on_cpu!(OP, out, T => {
+        let source = read::<T>(source)?;
+        write(out, |out: &mut [T]| {
+            out.par_chunks_mut(PIECE).zip(source.par_chunks(PIECE)).for_each(|(out, source)| out.copy_from_slice(source));
+            Ok(())
+        })
+    })
 }
-/// Copies host values into a tensor (=) of the same element count, converting to its dtype.
-pub fn upload_u32(_source: &[u32], _out: &Tensor) -> Result<()> {
-    todo!()
+
+/// out = source, for a U32 tensor of as many elements.
+pub fn upload_u32(source: &[u32], out: &Tensor) -> Result<()> {
+    ensure!(
+        out.elem_count() == source.len() && out.dtype() == DType::U32,
+        "upload_u32: out is {:?} {:?}, expected U32 with {} elements",
+        out.dtype(),
+        out.dims(),
+        source.len()
+    );
+    fn as_slice(storage: &mut CpuStorage) -> Option<&mut [u32]> {
+        match storage {
+            CpuStorage::U32(data) => Some(data),
+            _ => None,
+        }
+    }
+    write_as(out, as_slice, |out: &mut [u32]| {
+        out.copy_from_slice(source);
+        Ok(())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+
+    #[test]
+    fn fill_copy_and_upload_stay_inside_their_view() {
+        let storage = Tensor::zeros(10, DType::F32, &candle_core::Device::Cpu).unwrap();
+        fill(&storage.narrow(0, 2, 3).unwrap(), 1.5).unwrap();
+        assert_eq!(values(&storage), [0.0, 0.0, 1.5, 1.5, 1.5, 0.0, 0.0, 0.0, 0.0, 0.0]);
+        copy(&random(&[2], DType::F32, 1), &storage.narrow(0, 4, 2).unwrap()).unwrap();
+        assert_eq!(values(&storage)[4..6], values(&random(&[2], DType::F32, 1)));
+        assert_eq!(values(&storage)[6..], [0.0; 4]);
+
+        let tokens = Tensor::zeros((2, 2), DType::U32, &candle_core::Device::Cpu).unwrap();
+        upload_u32(&[7, 8], &tokens.narrow(0, 1, 1).unwrap()).unwrap();
+        assert_eq!(values(&tokens), [0.0, 0.0, 7.0, 8.0]);
+        assert!(upload_u32(&[1], &tokens).is_err() && upload_u32(&[1, 2], &storage.narrow(0, 0, 2).unwrap()).is_err());
+    }
+
+    #[test]
+    fn the_error_of_a_kernel_comes_out() {
+        let x = constant(0.0, &[2], DType::F32);
+        let wrong = write(&x, |_: &mut [f32]| -> Result<()> { bail!("from the kernel") }).unwrap_err();
+        assert_eq!(wrong.to_string(), "from the kernel");
+        assert!(write(&x, |_: &mut [f64]| Ok(())).unwrap_err().to_string().contains("F32"));
+    }
 }

@@ -1,19 +1,358 @@
-use crate::error::Result;
+//! Causal softmax attention, a task for each sequence and head, in blocks of queries:
+//!
+//! ```text
+//! S = q kᵀ / √head_dim (keys up to the query),   lse = log Σ exp S,   P = exp(S - lse),   out = P v
+//! dv = Pᵀ dout,   D = rowsum(dout · out),   dS = P (dout vᵀ - D) / √head_dim,   dq = dS k,   dk = dSᵀ q
+//! ```
+use super::access::{check, matrix_shape, on_cpu, read, write};
+use super::matrix::{Mat, MatMut, multiply};
+use super::real::{Real, reduce, vectorized, with_scratch};
+use crate::error::{Result, ensure};
 use candle_core::Tensor;
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Queries in a block.
+const BLOCK: usize = 64;
+
 /// Causal softmax attention. qkv [B*T, 3d] (rows: q | k | v, each heads × head_dim), out [B*T, d] (=), lse [B, heads, T] (=):
 /// log-sum-exp of each row of scaled scores, all that the backward needs. Never holds T×T: query blocks, causal part only.
-pub fn forward(_qkv: &Tensor, _context: usize, _heads: usize, _out: &Tensor, _lse: &Tensor) -> Result<()> {
-    todo!()
+pub fn forward(qkv: &Tensor, context: usize, heads: usize, out: &Tensor, lse: &Tensor) -> Result<()> {
+    const OP: &str = "attention::forward";
+    let shape = Shape::of(OP, qkv, context, heads)?;
+    let outputs = [("out", out, &shape.out()[..]), ("lse", lse, &shape.lse())];
+    check(OP, qkv.dtype(), &[("qkv", qkv, &shape.qkv())], &outputs)?;
+    on_cpu!(OP, qkv, T => {
+        let qkv = read::<T>(qkv)?;
+        write(out, |out: &mut [T]| write(lse, |lse: &mut [T]| {
+            let out = MatMut::new(out, shape.width());
+            lse.par_chunks_mut(context).enumerate().for_each(|(task, lse)| {
+                let (rows, columns) = shape.place(task);
+                let inputs = Head::new(&qkv, shape, task);
+                // SAFETY: each task has its own sequence or head.
+                forward_head(inputs, unsafe { out.disjoint_block(rows, columns) }, lse);
+            });
+            Ok(())
+        }))
+    })
 }
-/// dqkv (=) from dout, recomputing the probabilities block by block from lse.
+
+/// dqkv (=) from dout, recomputing the probabilities block by block from lse. Shapes as in [`forward`].
 pub fn backward(
-    _qkv: &Tensor,
-    _out: &Tensor,
-    _lse: &Tensor,
-    _dout: &Tensor,
-    _context: usize,
-    _heads: usize,
-    _dqkv: &Tensor,
+    qkv: &Tensor,
+    out: &Tensor,
+    lse: &Tensor,
+    dout: &Tensor,
+    context: usize,
+    heads: usize,
+    dqkv: &Tensor,
 ) -> Result<()> {
-    todo!()
+    const OP: &str = "attention::backward";
+    let shape = Shape::of(OP, qkv, context, heads)?;
+    let inputs = [
+        ("qkv", qkv, &shape.qkv()[..]),
+        ("out", out, &shape.out()),
+        ("lse", lse, &shape.lse()),
+        ("dout", dout, &shape.out()),
+    ];
+    check(OP, qkv.dtype(), &inputs, &[("dqkv", dqkv, &shape.qkv())])?;
+    on_cpu!(OP, qkv, T => {
+        let (qkv, out, lse, dout) = (read::<T>(qkv)?, read::<T>(out)?, read::<T>(lse)?, read::<T>(dout)?);
+        let (out, dout) = (Mat::new(&out, shape.width()), Mat::new(&dout, shape.width()));
+        write(dqkv, |dqkv: &mut [T]| {
+            let dqkv = MatMut::new(dqkv, 3 * shape.width());
+            lse.par_chunks(context).enumerate().for_each(|(task, lse)| {
+                let (rows, columns) = shape.place(task);
+                // SAFETY: each task has its own sequence or head, and q, k, v their own columns.
+                let part = |i: usize| unsafe {
+                    let offset = i * shape.width();
+                    dqkv.disjoint_block(rows.clone(), columns.start + offset..columns.end + offset)
+                };
+                let outputs = [out, dout].map(|x| x.block(rows.clone(), columns.clone()));
+                backward_head(Head::new(&qkv, shape, task), outputs, lse, [part(0), part(1), part(2)]);
+            });
+            Ok(())
+        })
+    })
+}
+
+#[derive(Clone, Copy)]
+struct Shape {
+    sequences: usize,
+    context: usize,
+    heads: usize,
+    head_dim: usize,
+}
+
+impl Shape {
+    fn of(op: &str, qkv: &Tensor, context: usize, heads: usize) -> Result<Shape> {
+        let (rows, columns) = matrix_shape(op, "qkv", qkv)?;
+        ensure!(context > 0 && rows % context == 0, "{op}: {rows} rows of qkv are no whole sequences of {context}");
+        ensure!(
+            heads > 0 && columns % (3 * heads) == 0,
+            "{op}: {columns} columns of qkv are no q, k, v of {heads} heads"
+        );
+        Ok(Shape { sequences: rows / context, context, heads, head_dim: columns / (3 * heads) })
+    }
+    fn width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+    fn qkv(&self) -> [usize; 2] {
+        [self.sequences * self.context, 3 * self.width()]
+    }
+    fn out(&self) -> [usize; 2] {
+        [self.sequences * self.context, self.width()]
+    }
+    fn lse(&self) -> [usize; 3] {
+        [self.sequences, self.heads, self.context]
+    }
+    /// Rows and columns of a task's sequence and head in [B*T, d].
+    fn place(&self, task: usize) -> (Range<usize>, Range<usize>) {
+        let (sequence, head) = (task / self.heads, task % self.heads);
+        (sequence * self.context..(sequence + 1) * self.context, head * self.head_dim..(head + 1) * self.head_dim)
+    }
+}
+
+/// q, k, v [T, head_dim] of one head of one sequence.
+#[derive(Clone, Copy)]
+struct Head<'a, T> {
+    q: Mat<'a, T>,
+    k: Mat<'a, T>,
+    v: Mat<'a, T>,
+    context: usize,
+    head_dim: usize,
+}
+
+impl<'a, T: Real> Head<'a, T> {
+    fn new(qkv: &'a [T], shape: Shape, task: usize) -> Head<'a, T> {
+        let qkv = Mat::new(qkv, 3 * shape.width());
+        let (rows, columns) = shape.place(task);
+        let part = |i: usize| {
+            let offset = i * shape.width();
+            qkv.block(rows.clone(), columns.start + offset..columns.end + offset)
+        };
+        Head { q: part(0), k: part(1), v: part(2), context: shape.context, head_dim: shape.head_dim }
+    }
+    fn scale(&self) -> f64 {
+        1.0 / (self.head_dim as f64).sqrt()
+    }
+    /// Blocks of queries.
+    fn blocks(&self) -> impl DoubleEndedIterator<Item = Range<usize>> + use<T> {
+        let context = self.context;
+        (0..context.div_ceil(BLOCK)).map(move |i| i * BLOCK..((i + 1) * BLOCK).min(context))
+    }
+    /// Scaled scores of a block of queries against the keys up to its end.
+    fn scores(&self, queries: &Range<usize>, scores: &mut [T]) {
+        let q = self.q.block(queries.clone(), 0..self.head_dim);
+        let k = self.k.block(0..queries.end, 0..self.head_dim);
+        multiply(self.scale(), q, k.t(), 0.0, MatMut::new(scores, queries.end));
+    }
+}
+
+fn forward_head<T: Real>(head: Head<T>, mut out: MatMut<T>, lse: &mut [T]) {
+    with_scratch(BLOCK.min(head.context) * head.context, |scratch: &mut [T]| {
+        for queries in head.blocks() {
+            let keys = queries.end;
+            let scores = &mut scratch[..queries.len() * keys];
+            head.scores(&queries, scores);
+            for (row, query) in scores.chunks_exact_mut(keys).zip(queries.clone()) {
+                lse[query] = softmax_row(row, query + 1);
+            }
+            let v = head.v.block(0..keys, 0..head.head_dim);
+            let out = out.block(queries, 0..head.head_dim);
+            multiply(1.0, Mat::new(scores, keys), v, 0.0, out);
+        }
+    });
+}
+
+/// row[..visible] = softmax(row[..visible]), the rest 0; returns the log-sum-exp.
+fn softmax_row<T: Real>(row: &mut [T], visible: usize) -> T {
+    vectorized(
+        #[inline(always)]
+        || {
+            let (x, hidden) = row.split_at_mut(visible);
+            hidden.fill(T::zero());
+            let max = reduce(
+                x.len(),
+                T::NEG_INFINITY,
+                #[inline(always)]
+                |i| x[i],
+                T::larger,
+            );
+            x.iter_mut().for_each(|x| *x = (*x - max).exp());
+            let sum = reduce(
+                x.len(),
+                T::zero(),
+                #[inline(always)]
+                |i| x[i],
+                #[inline(always)]
+                |a, b| a + b,
+            );
+            let inverse = T::one() / sum;
+            x.iter_mut().for_each(|x| *x *= inverse);
+            max + T::of(sum.to_f64().ln())
+        },
+    )
+}
+
+fn backward_head<T: Real>(
+    head: Head<T>,
+    [out, dout]: [Mat<T>; 2],
+    lse: &[T],
+    [mut dq, mut dk, mut dv]: [MatMut<T>; 3],
+) {
+    let all = 0..head.head_dim;
+    let block_len = BLOCK.min(head.context) * head.context;
+    with_scratch(2 * block_len, |scratch: &mut [T]| {
+        let (p, ds) = scratch.split_at_mut(block_len);
+        // the last block meets all keys: it sets dk and dv, the others add to them
+        let mut beta = 0.0;
+        for queries in head.blocks().rev() {
+            let keys = queries.end;
+            let (p, ds) = (&mut p[..queries.len() * keys], &mut ds[..queries.len() * keys]);
+            let (q, dout) = (head.q.block(queries.clone(), all.clone()), dout.block(queries.clone(), all.clone()));
+            let (k, v) = (head.k.block(0..keys, all.clone()), head.v.block(0..keys, all.clone()));
+            head.scores(&queries, p);
+            multiply(1.0, dout, v.t(), 0.0, MatMut::new(ds, keys));
+            for (i, (p, ds)) in p.chunks_exact_mut(keys).zip(ds.chunks_exact_mut(keys)).enumerate() {
+                let query = queries.start + i;
+                let delta = dot(dout.row(i), out.row(query));
+                score_gradient_row(p, ds, query + 1, lse[query], delta, T::of(head.scale()));
+            }
+            let (p, ds) = (Mat::new(p, keys), Mat::new(ds, keys));
+            multiply(1.0, p.t(), dout, beta, dv.block(0..keys, all.clone()));
+            multiply(1.0, ds.t(), q, beta, dk.block(0..keys, all.clone()));
+            multiply(1.0, ds, k, 0.0, dq.block(queries, all.clone()));
+            beta = 1.0;
+        }
+    });
+}
+
+/// p = exp(p - lse), ds = p (ds - delta) scale; both 0 for keys that are not visible.
+fn score_gradient_row<T: Real>(p: &mut [T], ds: &mut [T], visible: usize, lse: T, delta: T, scale: T) {
+    vectorized(
+        #[inline(always)]
+        || {
+            p[visible..].fill(T::zero());
+            ds[visible..].fill(T::zero());
+            for (p, ds) in p[..visible].iter_mut().zip(&mut ds[..visible]) {
+                *p = (*p - lse).exp();
+                *ds = *p * (*ds - delta) * scale;
+            }
+        },
+    );
+}
+
+fn dot<T: Real>(x: &[T], y: &[T]) -> T {
+    vectorized(
+        #[inline(always)]
+        || {
+            reduce(
+                x.len().min(y.len()),
+                T::zero(),
+                #[inline(always)]
+                |i| x[i] * y[i],
+                #[inline(always)]
+                |a, b| a + b,
+            )
+        },
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+    use candle_core::{D, DType, Device, Var};
+
+    /// Sequences, context, heads, head_dim.
+    const SHAPES: [[usize; 4]; 6] =
+        [[1, 1, 1, 1], [2, 1, 3, 4], [1, 7, 1, 5], [2, 64, 2, 8], [2, 65, 3, 7], [1, 200, 2, 32]];
+
+    fn inputs([b, t, h, k]: [usize; 4], dtype: DType) -> (Tensor, Tensor) {
+        let qkv = (random(&[b * t, 3 * h * k], dtype, 1) * 2.0).unwrap();
+        (qkv, random(&[b * t, h * k], dtype, 2))
+    }
+
+    fn run([b, t, h, _]: [usize; 4], qkv: &Tensor, dout: &Tensor) -> [Tensor; 3] {
+        let dtype = qkv.dtype();
+        let [out, lse, dqkv] = [unset(dout.dims(), dtype), unset(&[b, h, t], dtype), unset(qkv.dims(), dtype)];
+        forward(qkv, t, h, &out, &lse).unwrap();
+        backward(qkv, &out, &lse, dout, t, h, &dqkv).unwrap();
+        [out, lse, dqkv]
+    }
+
+    /// The formula with whole T×T scores.
+    fn naive([b, t, h, k]: [usize; 4], qkv: &Tensor) -> candle_core::Result<[Tensor; 2]> {
+        let part = |i: usize| qkv.reshape((b, t, 3, h, k))?.narrow(2, i, 1)?.squeeze(2)?.transpose(1, 2)?.contiguous();
+        let mask: Vec<f64> = (0..t * t).map(|i| if i % t > i / t { f64::NEG_INFINITY } else { 0.0 }).collect();
+        let mask = Tensor::from_vec(mask, (t, t), &Device::Cpu)?;
+        let scores = (part(0)?.matmul(&part(1)?.t()?)? / (k as f64).sqrt())?.broadcast_add(&mask)?;
+        let lse = scores.exp()?.sum_keepdim(D::Minus1)?.log()?;
+        let out = scores.broadcast_sub(&lse)?.exp()?.matmul(&part(2)?)?;
+        Ok([out.transpose(1, 2)?.reshape((b * t, h * k))?, lse.squeeze(D::Minus1)?])
+    }
+
+    #[test]
+    fn equals_the_naive_formula_and_its_gradient() {
+        for shape in SHAPES {
+            let (qkv, dout) = inputs(shape, DType::F64);
+            let qkv = Var::from_tensor(&qkv).unwrap();
+            let [out, lse] = naive(shape, &qkv).unwrap();
+            let gradients = (&out * &dout).unwrap().sum_all().unwrap().backward().unwrap();
+            let expected = [out, lse, gradients.get(&qkv).unwrap().clone()];
+            assert_all_close(&run(shape, &qkv, &dout), &expected, 1e-12);
+            let (qkv, dout) = inputs(shape, DType::F32);
+            assert_all_close(&run(shape, &qkv, &dout), &expected, 1e-5);
+        }
+    }
+
+    #[test]
+    fn backward_is_the_gradient() {
+        for shape in SHAPES {
+            let (qkv, dout) = inputs(shape, DType::F64);
+            let [_, _, dqkv] = run(shape, &qkv, &dout);
+            let loss = |inputs: &[Tensor]| {
+                let [out, ..] = run(shape, &copy_of(&inputs[0]), &dout);
+                inner(&out, &dout)
+            };
+            assert_gradients(loss, &[qkv], &[dqkv]);
+        }
+    }
+
+    #[test]
+    fn large_scores_do_not_overflow() {
+        let shape = [1, 66, 1, 4];
+        let (qkv, dout) = inputs(shape, DType::F32);
+        let results = run(shape, &(qkv * 50.0).unwrap(), &dout);
+        assert!(results.iter().all(|x| values(x).iter().all(|x| x.is_finite())));
+    }
+
+    #[test]
+    fn nan_reaches_only_what_sees_it() {
+        let shape @ [_, t, h, k] = [1, 70, 1, 4];
+        let (qkv, _) = inputs(shape, DType::F32);
+        let mut elements = values(&qkv);
+        elements[30 * 3 * h * k] = f64::NAN;
+        let qkv = view(&elements, qkv.dims(), DType::F32);
+        let [out, lse] = [unset(&[t, h * k], DType::F32), unset(&[1, h, t], DType::F32)];
+        forward(&qkv, t, h, &out, &lse).unwrap();
+        let is_nan: Vec<usize> = (0..t).filter(|i| values(&out)[i * k].is_nan()).collect();
+        assert_eq!(is_nan, [30]);
+    }
+
+    #[test]
+    fn independent_of_threads() {
+        let shape = [2, 100, 3, 16];
+        let (qkv, dout) = inputs(shape, DType::F32);
+        assert_independent_of_threads(|| run(shape, &qkv, &dout).to_vec());
+    }
+
+    #[test]
+    fn wrong_shapes_are_named() {
+        let (qkv, dout) = inputs([1, 6, 2, 2], DType::F32);
+        let lse = unset(&[1, 2, 6], DType::F32);
+        assert!(forward(&qkv, 4, 2, &dout, &lse).unwrap_err().to_string().contains("no whole sequences of 4"));
+        assert!(forward(&qkv, 6, 5, &dout, &lse).unwrap_err().to_string().contains("no q, k, v of 5 heads"));
+    }
 }

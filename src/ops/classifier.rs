@@ -1,19 +1,358 @@
-use crate::error::Result;
-use candle_core::Tensor;
+//! Linear classifier with softmax cross-entropy:
+//!
+//! ```text
+//! z_i = w x_i,   L = Σ_i (log Σ_v exp z_iv - z_i,t(i)),   dz_iv = softmax(z_i)_v - [v = t(i)],   dx = dz w,   dw = dzᵀ x
+//! ```
+//!
+//! The rows x go in chunks. In a chunk the logits are computed transposed, [V, chunk], in tiles of the vocabulary: a
+//! tile of w meets the chunk's x, then a tile of dz meets both, while they are in the cache; w is never packed.
+use super::access::{check, check_indices, matrix_shape, on_cpu, read, write};
+use super::matrix::{Mat, MatMut, multiply};
+use super::real::{PIECE, Real, vectorized, with_scratch};
+use crate::error::{Result, ensure};
+use candle_core::{DType, Tensor};
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Tokens of the vocabulary in a tile.
+const TILE: usize = 256;
+/// Tiles in a task of the backward pass; each task has a dx of its own, which are added in the end.
+const TASK: usize = 4;
+
 /// Σ_i −log softmax(x wᵀ)[i, targets[i]] in chunks of rows of `logits`, so that [n, V] is never held.
-/// x [n, d], w [V, d], targets U32 [n]; logits [chunk, V] is scratch. Columns ≥ `classes` (padding of the vocabulary) count as logits like the others.
-pub fn loss(_x: &Tensor, _w: &Tensor, _targets: &Tensor, _logits: &Tensor) -> Result<f64> {
-    todo!()
+/// x [n, d], w [V, d], targets U32 [n]; logits [chunk, V] is scratch (=, its content means nothing to the caller).
+/// Columns that pad the vocabulary count as logits like the others.
+pub fn loss(x: &Tensor, w: &Tensor, targets: &Tensor, logits: &Tensor) -> Result<f64> {
+    const OP: &str = "classifier::loss";
+    let Shape { n, d, vocab, chunk } = Shape::of(OP, x, w, logits)?;
+    check(OP, DType::U32, &[("targets", targets, &[n])], &[])?;
+    check(OP, x.dtype(), &[("x", x, &[n, d]), ("w", w, &[vocab, d])], &[("logits", logits, &[chunk, vocab])])?;
+    on_cpu!(OP, x, T => {
+        let (x, w, targets) = (read::<T>(x)?, read::<T>(w)?, read::<u32>(targets)?);
+        check_indices(OP, "target", &targets, vocab)?;
+        write(logits, |logits: &mut [T]| {
+            let chunks = x.chunks(chunk * d).zip(targets.chunks(chunk));
+            Ok(chunks.map(|(x, targets)| Chunk::new(x, &w, targets).with_stats(|c, stats| c.loss(logits, stats))).sum())
+        })
+    })
 }
-/// As [`loss`], and at once dx = scale * dL/dx (=), dw += scale * dL/dw; the gradient of the logits is formed in place in `logits`.
+
+/// As [`loss`], and at once dx = scale * dL/dx (=), dw += scale * dL/dw.
 pub fn loss_and_gradient(
-    _x: &Tensor,
-    _w: &Tensor,
-    _targets: &Tensor,
-    _scale: f64,
-    _logits: &Tensor,
-    _dx: &Tensor,
-    _dw: &Tensor,
+    x: &Tensor,
+    w: &Tensor,
+    targets: &Tensor,
+    scale: f64,
+    logits: &Tensor,
+    dx: &Tensor,
+    dw: &Tensor,
 ) -> Result<f64> {
-    todo!()
+    const OP: &str = "classifier::loss_and_gradient";
+    let Shape { n, d, vocab, chunk } = Shape::of(OP, x, w, logits)?;
+    let outputs = [("logits", logits, &[chunk, vocab][..]), ("dx", dx, &[n, d]), ("dw", dw, &[vocab, d])];
+    check(OP, DType::U32, &[("targets", targets, &[n])], &[])?;
+    check(OP, x.dtype(), &[("x", x, &[n, d]), ("w", w, &[vocab, d])], &outputs)?;
+    on_cpu!(OP, x, T => {
+        let (x, w, targets) = (read::<T>(x)?, read::<T>(w)?, read::<u32>(targets)?);
+        check_indices(OP, "target", &targets, vocab)?;
+        write(logits, |logits: &mut [T]| write(dx, |dx: &mut [T]| write(dw, |dw: &mut [T]| {
+            let chunks = x.chunks(chunk * d).zip(dx.chunks_mut(chunk * d)).zip(targets.chunks(chunk));
+            Ok(chunks.map(|((x, dx), targets)| Chunk::new(x, &w, targets).with_stats(|c, stats| {
+                let loss = c.loss(logits, stats);
+                c.gradient(T::of(scale), logits, stats, dx, dw);
+                loss
+            })).sum())
+        })))
+    })
+}
+
+struct Shape {
+    n: usize,
+    d: usize,
+    vocab: usize,
+    chunk: usize,
+}
+
+impl Shape {
+    fn of(op: &str, x: &Tensor, w: &Tensor, logits: &Tensor) -> Result<Shape> {
+        let (n, d) = matrix_shape(op, "x", x)?;
+        let (vocab, _) = matrix_shape(op, "w", w)?;
+        let (chunk, _) = matrix_shape(op, "logits", logits)?;
+        ensure!(chunk > 0, "{op}: logits has no rows, expected at least one");
+        Ok(Shape { n, d, vocab, chunk })
+    }
+}
+
+/// Some rows of x with their targets, and w.
+struct Chunk<'a, T> {
+    x: Mat<'a, T>,
+    w: Mat<'a, T>,
+    targets: &'a [u32],
+    d: usize,
+    vocab: usize,
+}
+
+/// What a tile of the vocabulary gives to each row of the chunk.
+struct Stats<'a, T> {
+    /// max z
+    max: &'a mut [T],
+    /// Σ exp (z - max)
+    sum: &'a mut [T],
+    /// z of the target, 0 if that is in another tile
+    target: &'a mut [T],
+}
+
+impl<'a, T> Stats<'a, T> {
+    const PARTS: usize = 3;
+
+    fn split(stats: &'a mut [T]) -> Stats<'a, T> {
+        let rows = stats.len() / Self::PARTS;
+        let (max, rest) = stats.split_at_mut(rows);
+        let (sum, target) = rest.split_at_mut(rows);
+        Stats { max, sum, target }
+    }
+}
+
+impl<'a, T: Real> Chunk<'a, T> {
+    fn new(x: &'a [T], w: &'a [T], targets: &'a [u32]) -> Chunk<'a, T> {
+        let d = x.len() / targets.len();
+        Chunk { x: Mat::new(x, d), w: Mat::new(w, d), targets, d, vocab: w.len() / d }
+    }
+
+    fn rows(&self) -> usize {
+        self.targets.len()
+    }
+
+    /// Tokens of the n-th tile.
+    fn tile(&self, n: usize) -> Range<usize> {
+        n * TILE..((n + 1) * TILE).min(self.vocab)
+    }
+
+    fn with_stats(&self, f: impl FnOnce(&Self, &mut [T]) -> f64) -> f64 {
+        with_scratch(self.vocab.div_ceil(TILE) * Stats::<T>::PARTS * self.rows(), |stats| f(self, stats))
+    }
+
+    /// The chunk's loss. Leaves exp (z - max) in `logits` [V, rows], and in each tile's stats exp (max - lse) for max.
+    fn loss(&self, logits: &mut [T], stats: &mut [T]) -> f64 {
+        let (rows, stats_len) = (self.rows(), Stats::<T>::PARTS * self.rows());
+        let tiles = logits[..self.vocab * rows].par_chunks_mut(TILE * rows).zip(stats.par_chunks_mut(stats_len));
+        tiles.enumerate().with_max_len(1).for_each(|(n, (z, stats))| {
+            let tokens = self.tile(n);
+            multiply(1.0, self.w.rows(tokens.clone()), self.x.t(), 0.0, MatMut::new(z, rows));
+            let stats = Stats::split(stats);
+            stats.target.fill(T::zero());
+            for (i, token) in self.targets_in(&tokens) {
+                stats.target[i] = z[token * rows + i];
+            }
+            exponentials(z, stats.max, stats.sum);
+        });
+        with_scratch(stats_len, |whole: &mut [T]| {
+            let mut whole = Stats::split(whole);
+            combine(stats, &mut whole);
+            let rows = whole.max.iter().zip(whole.sum.iter()).zip(whole.target.iter());
+            rows.map(|((max, sum), target)| max.to_f64() + sum.to_f64().ln() - target.to_f64()).sum()
+        })
+    }
+
+    /// dx = and dw += scale times their gradients, from what [`Chunk::loss`] has left.
+    fn gradient(&self, scale: T, logits: &mut [T], stats: &mut [T], dx: &mut [T], dw: &mut [T]) {
+        let (rows, d, stats_len) = (self.rows(), self.d, Stats::<T>::PARTS * self.rows());
+        with_scratch(self.vocab.div_ceil(TASK * TILE) * rows * d, |partials: &mut [T]| {
+            let tiles = logits[..self.vocab * rows].par_chunks_mut(TASK * TILE * rows);
+            let tiles = tiles.zip(stats.par_chunks_mut(TASK * stats_len)).zip(dw.par_chunks_mut(TASK * TILE * d));
+            tiles.zip(partials.par_chunks_mut(rows * d)).enumerate().with_max_len(1).for_each(
+                |(task, (((z, stats), dw), dx))| {
+                    let tiles = z.chunks_mut(TILE * rows).zip(stats.chunks_mut(stats_len)).zip(dw.chunks_mut(TILE * d));
+                    for (n, ((dz, stats), dw)) in tiles.enumerate() {
+                        let tokens = self.tile(task * TASK + n);
+                        scale_columns(dz, scale, Stats::split(stats).max);
+                        for (i, token) in self.targets_in(&tokens) {
+                            dz[token * rows + i] -= scale;
+                        }
+                        let (dz, beta) = (Mat::new(dz, rows), if n == 0 { 0.0 } else { 1.0 });
+                        multiply(1.0, dz.t(), self.w.rows(tokens), beta, MatMut::new(dx, d));
+                        multiply(1.0, dz, self.x, 1.0, MatMut::new(dw, d));
+                    }
+                },
+            );
+            add_up(partials, dx);
+        });
+    }
+
+    /// Rows whose target is one of `tokens`, with its index among them.
+    fn targets_in(&self, tokens: &Range<usize>) -> impl Iterator<Item = (usize, usize)> + use<'_, T> {
+        let (tokens, start) = (tokens.clone(), tokens.start);
+        let targets = self.targets.iter().enumerate().filter(move |(_, target)| tokens.contains(&(**target as usize)));
+        targets.map(move |(i, &target)| (i, target as usize - start))
+    }
+}
+
+/// max = column maxima of z [_, rows], z = exp (z - max), sum = column sums of that.
+fn exponentials<T: Real>(z: &mut [T], max: &mut [T], sum: &mut [T]) {
+    let rows = max.len();
+    vectorized(
+        #[inline(always)]
+        || {
+            max.fill(T::NEG_INFINITY);
+            sum.fill(T::zero());
+            for z in z.chunks_exact(rows) {
+                max.iter_mut().zip(z).for_each(|(max, &z)| *max = max.larger(z));
+            }
+            for z in z.chunks_exact_mut(rows) {
+                for ((z, &max), sum) in z.iter_mut().zip(&*max).zip(&mut *sum) {
+                    *z = (*z - max).exp();
+                    *sum += *z;
+                }
+            }
+        },
+    );
+}
+
+/// The stats of the whole vocabulary from those of the tiles; then max of each tile = exp (max - lse).
+fn combine<T: Real>(tiles: &mut [T], whole: &mut Stats<T>) {
+    let stats_len = Stats::<T>::PARTS * whole.max.len();
+    vectorized(
+        #[inline(always)]
+        || {
+            whole.max.fill(T::NEG_INFINITY);
+            whole.sum.fill(T::zero());
+            whole.target.fill(T::zero());
+            for tile in tiles.chunks_exact_mut(stats_len) {
+                let tile = Stats::split(tile);
+                whole.max.iter_mut().zip(tile.max).for_each(|(max, tile)| *max = max.larger(*tile));
+                whole.target.iter_mut().zip(tile.target).for_each(|(target, tile)| *target += *tile);
+            }
+            for tile in tiles.chunks_exact_mut(stats_len) {
+                let tile = Stats::split(tile);
+                for (((max, sum), &whole_max), whole_sum) in
+                    tile.max.iter_mut().zip(tile.sum).zip(&*whole.max).zip(&mut *whole.sum)
+                {
+                    *max = (*max - whole_max).exp();
+                    *whole_sum += *sum * *max;
+                }
+            }
+            for tile in tiles.chunks_exact_mut(stats_len) {
+                Stats::split(tile).max.iter_mut().zip(&*whole.sum).for_each(|(max, &sum)| *max /= sum);
+            }
+        },
+    );
+}
+
+/// z = z * scale * factors, a factor a column.
+fn scale_columns<T: Real>(z: &mut [T], scale: T, factors: &mut [T]) {
+    vectorized(
+        #[inline(always)]
+        || {
+            factors.iter_mut().for_each(|factor| *factor *= scale);
+            for z in z.chunks_exact_mut(factors.len()) {
+                z.iter_mut().zip(&*factors).for_each(|(z, &factor)| *z *= factor);
+            }
+        },
+    );
+}
+
+/// total = sum of the partials, each as long as it.
+fn add_up<T: Real>(partials: &[T], total: &mut [T]) {
+    let len = total.len();
+    total.par_chunks_mut(PIECE).enumerate().for_each(|(piece, total)| {
+        vectorized(
+            #[inline(always)]
+            || {
+                total.fill(T::zero());
+                for partial in partials.chunks_exact(len) {
+                    let partial = &partial[piece * PIECE..][..total.len()];
+                    total.iter_mut().zip(partial).for_each(|(total, &partial)| *total += partial);
+                }
+            },
+        );
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+    use candle_core::{D, Var};
+
+    /// Rows, width, vocabulary, rows of a chunk.
+    const SHAPES: [[usize; 4]; 5] = [[1, 1, 1, 1], [5, 3, 7, 2], [6, 9, 33, 3], [20, 16, 301, 64], [70, 40, 1001, 32]];
+
+    fn inputs([n, d, v, _]: [usize; 4], dtype: DType) -> (Tensor, Tensor, Tensor) {
+        (random(&[n, d], dtype, 1), (random(&[v, d], dtype, 2) * 2.0).unwrap(), random_indices(n, v, 3))
+    }
+
+    /// dx and dw of scale * loss, and the loss.
+    fn run([.., v, chunk]: [usize; 4], (x, w, targets): &(Tensor, Tensor, Tensor), scale: f64) -> ([Tensor; 2], f64) {
+        let dtype = x.dtype();
+        let [dx, dw] = [unset(x.dims(), dtype), constant(2.0, w.dims(), dtype)];
+        let loss = loss_and_gradient(x, w, targets, scale, &unset(&[chunk, v], dtype), &dx, &dw).unwrap();
+        ([dx, plus(&dw, -2.0)], loss)
+    }
+
+    fn naive(x: &Tensor, w: &Tensor, targets: &Tensor) -> candle_core::Result<Tensor> {
+        let logits = x.matmul(&w.t()?)?;
+        let lse = logits.exp()?.sum_keepdim(D::Minus1)?.log()?;
+        logits.broadcast_sub(&lse)?.gather(&targets.unsqueeze(1)?, 1)?.sum_all()?.neg()
+    }
+
+    #[test]
+    fn equals_the_naive_formula_and_its_gradient() {
+        for shape @ [.., v, chunk] in SHAPES {
+            let (x, w, targets) = inputs(shape, DType::F64);
+            let (x, w) = (Var::from_tensor(&x).unwrap(), Var::from_tensor(&w).unwrap());
+            let expected = naive(&x, &w, &targets).unwrap();
+            let store = expected.backward().unwrap();
+            let expected = expected.to_scalar::<f64>().unwrap();
+            let gradients = [&x, &w].map(|x| (store.get(x).unwrap() * 0.5).unwrap());
+            for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 1e-5)] {
+                let inputs @ (x, w, targets) = &inputs(shape, dtype);
+                let (actual, total) = run(shape, inputs, 0.5);
+                assert_all_close(&actual, &gradients, tolerance);
+                assert!((total - expected).abs() <= tolerance * expected.abs());
+                assert_eq!(loss(x, w, targets, &unset(&[chunk, v], dtype)).unwrap(), total);
+            }
+        }
+    }
+
+    #[test]
+    fn backward_is_the_gradient() {
+        for shape @ [.., v, chunk] in SHAPES {
+            let inputs @ (x, w, targets) = &inputs(shape, DType::F64);
+            let (gradients, _) = run(shape, inputs, 1.0);
+            let loss = |inputs: &[Tensor]| {
+                loss(&copy_of(&inputs[0]), &copy_of(&inputs[1]), targets, &unset(&[chunk, v], DType::F64)).unwrap()
+            };
+            assert_gradients(loss, &[x.clone(), w.clone()], &gradients);
+        }
+    }
+
+    #[test]
+    fn independent_of_threads() {
+        let shape = [70, 40, 1001, 32];
+        let inputs = inputs(shape, DType::F32);
+        assert_independent_of_threads(|| {
+            let ([dx, dw], loss) = run(shape, &inputs, 1.0);
+            vec![dx, dw, Tensor::new(loss, &candle_core::Device::Cpu).unwrap()]
+        });
+    }
+
+    #[test]
+    fn large_logits_do_not_overflow_and_nan_is_not_hidden() {
+        let shape = [5, 3, 7, 2];
+        let (x, w, targets) = inputs(shape, DType::F32);
+        let (gradients, loss) = run(shape, &((&x * 1e3).unwrap(), w.clone(), targets.clone()), 1.0);
+        assert!(loss.is_finite() && gradients.iter().all(|g| values(g).iter().all(|g| g.is_finite())));
+        let mut elements = values(&x);
+        elements[4] = f64::NAN;
+        let (_, loss) = run(shape, &(view(&elements, x.dims(), DType::F32), w, targets), 1.0);
+        assert!(loss.is_nan());
+    }
+
+    #[test]
+    fn a_target_out_of_range_is_named() {
+        let (x, w, _) = inputs([2, 3, 7, 2], DType::F32);
+        let targets = Tensor::new(&[1u32, 7], &candle_core::Device::Cpu).unwrap();
+        let wrong = loss(&x, &w, &targets, &unset(&[2, 7], DType::F32)).unwrap_err().to_string();
+        assert!(wrong.contains("target 7 at position 1 is not below the vocabulary's 7"), "{wrong}");
+    }
 }

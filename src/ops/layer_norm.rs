@@ -1,15 +1,223 @@
+//! Layer normalisation of rows of d elements:
+//!
+//! ```text
+//! x̂ = (x - mean) rstd,   rstd = 1 / √(var + 1e-5),   y = x̂ weight + bias
+//! g = dy weight,   dx = rstd (g - mean(g) - x̂ mean(g x̂)),   dweight = Σ_rows dy x̂,   dbias = Σ_rows dy
+//! ```
+use super::access::{check, matrix_shape, on_cpu, read, write};
+use super::real::{Real, reduce, rows_per_piece, vectorized, with_scratch};
 use crate::error::Result;
 use candle_core::Tensor;
+use rayon::prelude::*;
+
+const EPS: f64 = 1e-5;
+
 /// out = (x - mean) * rstd * weight + bias (=), stats[i] = (mean, rstd) (=).
 /// x, out [n, d]; ln [2, d]: weight in row 0, bias in row 1; stats [n, 2]; variance without Bessel, eps 1e-5.
-pub fn forward(_x: &Tensor, _ln: &Tensor, _out: &Tensor, _stats: &Tensor) -> Result<()> {
-    todo!()
+pub fn forward(x: &Tensor, ln: &Tensor, out: &Tensor, stats: &Tensor) -> Result<()> {
+    const OP: &str = "layer_norm::forward";
+    let (n, d) = matrix_shape(OP, "x", x)?;
+    let outputs = [("out", out, &[n, d][..]), ("stats", stats, &[n, 2])];
+    check(OP, x.dtype(), &[("x", x, &[n, d]), ("ln", ln, &[2, d])], &outputs)?;
+    on_cpu!(OP, out, T => {
+        let (x, ln) = (read::<T>(x)?, read::<T>(ln)?);
+        let rows = rows_per_piece(d);
+        write(out, |out: &mut [T]| write(stats, |stats: &mut [T]| {
+            let outputs = out.par_chunks_mut(rows * d).zip(stats.par_chunks_mut(rows * 2));
+            outputs.zip(x.par_chunks(rows * d)).for_each(|((out, stats), x)| forward_rows(x, &ln, out, stats));
+            Ok(())
+        }))
+    })
 }
+
 /// The same output from kept stats (=); used to recompute LN x in the backward pass instead of storing it.
-pub fn normalize(_x: &Tensor, _ln: &Tensor, _stats: &Tensor, _out: &Tensor) -> Result<()> {
-    todo!()
+pub fn normalize(x: &Tensor, ln: &Tensor, stats: &Tensor, out: &Tensor) -> Result<()> {
+    const OP: &str = "layer_norm::normalize";
+    let (n, d) = matrix_shape(OP, "x", x)?;
+    let inputs = [("x", x, &[n, d][..]), ("ln", ln, &[2, d]), ("stats", stats, &[n, 2])];
+    check(OP, x.dtype(), &inputs, &[("out", out, &[n, d])])?;
+    on_cpu!(OP, out, T => {
+        let (x, ln, stats) = (read::<T>(x)?, read::<T>(ln)?, read::<T>(stats)?);
+        let rows = rows_per_piece(d);
+        write(out, |out: &mut [T]| {
+            let inputs = x.par_chunks(rows * d).zip(stats.par_chunks(rows * 2));
+            out.par_chunks_mut(rows * d).zip(inputs).for_each(|(out, (x, stats))| normalize_rows(x, &ln, stats, out));
+            Ok(())
+        })
+    })
 }
-/// dx += dL/dx, dln += dL/d(weight, bias) given dy.
-pub fn backward(_dy: &Tensor, _x: &Tensor, _ln: &Tensor, _stats: &Tensor, _dx: &Tensor, _dln: &Tensor) -> Result<()> {
-    todo!()
+
+/// dx += dL/dx, dln += dL/d(weight, bias) given dy. Shapes as in [`forward`].
+pub fn backward(dy: &Tensor, x: &Tensor, ln: &Tensor, stats: &Tensor, dx: &Tensor, dln: &Tensor) -> Result<()> {
+    const OP: &str = "layer_norm::backward";
+    let (n, d) = matrix_shape(OP, "x", x)?;
+    let inputs = [("dy", dy, &[n, d][..]), ("x", x, &[n, d]), ("ln", ln, &[2, d]), ("stats", stats, &[n, 2])];
+    check(OP, x.dtype(), &inputs, &[("dx", dx, &[n, d]), ("dln", dln, &[2, d])])?;
+    on_cpu!(OP, dx, T => {
+        let (dy, x, ln, stats) = (read::<T>(dy)?, read::<T>(x)?, read::<T>(ln)?, read::<T>(stats)?);
+        let rows = rows_per_piece(d);
+        write(dx, |dx: &mut [T]| write(dln, |dln: &mut [T]| {
+            with_scratch(n.div_ceil(rows) * 2 * d, |partials: &mut [T]| {
+                let inputs = dy.par_chunks(rows * d).zip(x.par_chunks(rows * d)).zip(stats.par_chunks(rows * 2));
+                let outputs = dx.par_chunks_mut(rows * d).zip(partials.par_chunks_mut(2 * d));
+                inputs.zip(outputs).for_each(|(((dy, x), stats), (dx, dln))| backward_rows(dy, x, &ln, stats, dx, dln));
+                for partial in partials.chunks_exact(2 * d) {
+                    dln.iter_mut().zip(partial).for_each(|(sum, &partial)| *sum += partial);
+                }
+            });
+            Ok(())
+        }))
+    })
+}
+
+fn forward_rows<T: Real>(x: &[T], ln: &[T], out: &mut [T], stats: &mut [T]) {
+    let d = ln.len() / 2;
+    vectorized(
+        #[inline(always)]
+        || {
+            for ((x, out), stats) in x.chunks_exact(d).zip(out.chunks_exact_mut(d)).zip(stats.chunks_exact_mut(2)) {
+                let (mean, rstd) = row_stats(x);
+                (stats[0], stats[1]) = (mean, rstd);
+                normalize_row(x, ln, mean, rstd, out);
+            }
+        },
+    );
+}
+
+fn normalize_rows<T: Real>(x: &[T], ln: &[T], stats: &[T], out: &mut [T]) {
+    let d = ln.len() / 2;
+    vectorized(
+        #[inline(always)]
+        || {
+            for ((x, out), stats) in x.chunks_exact(d).zip(out.chunks_exact_mut(d)).zip(stats.chunks_exact(2)) {
+                normalize_row(x, ln, stats[0], stats[1], out);
+            }
+        },
+    );
+}
+
+#[inline(always)]
+fn row_stats<T: Real>(x: &[T]) -> (T, T) {
+    let d = T::of(x.len() as f64);
+    let mean = sum(
+        x.len(),
+        #[inline(always)]
+        |i| x[i],
+    ) / d;
+    let variance = sum(
+        x.len(),
+        #[inline(always)]
+        |i| (x[i] - mean) * (x[i] - mean),
+    ) / d;
+    (mean, T::of(1.0 / (variance.to_f64() + EPS).sqrt()))
+}
+
+#[inline(always)]
+fn normalize_row<T: Real>(x: &[T], ln: &[T], mean: T, rstd: T, out: &mut [T]) {
+    let (weight, bias) = ln.split_at(x.len());
+    for (((out, &x), &weight), &bias) in out.iter_mut().zip(x).zip(weight).zip(bias) {
+        *out = ((x - mean) * rstd).mul_add(weight, bias);
+    }
+}
+
+/// dx += for these rows, dln = for these rows.
+fn backward_rows<T: Real>(dy: &[T], x: &[T], ln: &[T], stats: &[T], dx: &mut [T], dln: &mut [T]) {
+    let d = ln.len() / 2;
+    vectorized(
+        #[inline(always)]
+        || {
+            dln.fill(T::zero());
+            let rows = dy.chunks_exact(d).zip(x.chunks_exact(d)).zip(stats.chunks_exact(2));
+            for (((dy, x), stats), dx) in rows.zip(dx.chunks_exact_mut(d)) {
+                backward_row(dy, x, &ln[..d], (stats[0], stats[1]), dx, dln);
+            }
+        },
+    );
+}
+
+#[inline(always)]
+fn backward_row<T: Real>(dy: &[T], x: &[T], weight: &[T], (mean, rstd): (T, T), dx: &mut [T], dln: &mut [T]) {
+    let d = x.len();
+    let (dy, weight) = (&dy[..d], &weight[..d]);
+    let mean_g = sum(
+        d,
+        #[inline(always)]
+        |i| dy[i] * weight[i],
+    ) / T::of(d as f64);
+    let mean_gx = sum(
+        d,
+        #[inline(always)]
+        |i| dy[i] * weight[i] * ((x[i] - mean) * rstd),
+    ) / T::of(d as f64);
+    let (dweight, dbias) = dln.split_at_mut(d);
+    let (dx, dbias) = (&mut dx[..d], &mut dbias[..d]);
+    for i in 0..d {
+        let normal = (x[i] - mean) * rstd;
+        dx[i] += rstd * (dy[i] * weight[i] - mean_g - normal * mean_gx);
+        dweight[i] += dy[i] * normal;
+        dbias[i] += dy[i];
+    }
+}
+
+#[inline(always)]
+fn sum<T: Real>(n: usize, f: impl Fn(usize) -> T) -> T {
+    reduce(n, T::zero(), f, |a, b| a + b)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::testing::*;
+    use candle_core::{D, DType};
+
+    const SHAPES: [[usize; 2]; 4] = [[1, 2], [5, 3], [7, 65], [300, 256]];
+
+    fn inputs([n, d]: [usize; 2], dtype: DType) -> [Tensor; 3] {
+        [plus(&random(&[n, d], dtype, 1), 3.0), random(&[2, d], dtype, 2), random(&[n, d], dtype, 3)]
+    }
+
+    /// out, dx, dln
+    fn run([x, ln, dy]: &[Tensor; 3]) -> [Tensor; 3] {
+        let dtype = x.dtype();
+        let [out, again, stats] = [unset(x.dims(), dtype), unset(x.dims(), dtype), unset(&[x.dims()[0], 2], dtype)];
+        forward(x, ln, &out, &stats).unwrap();
+        normalize(x, ln, &stats, &again).unwrap();
+        assert_close(&again, &out, 0.0);
+        let [dx, dln] = [constant(2.0, x.dims(), dtype), constant(2.0, ln.dims(), dtype)];
+        backward(dy, x, ln, &stats, &dx, &dln).unwrap();
+        [out, plus(&dx, -2.0), plus(&dln, -2.0)]
+    }
+
+    fn naive(x: &Tensor, ln: &Tensor) -> candle_core::Result<Tensor> {
+        let centered = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+        let std = (centered.sqr()?.mean_keepdim(D::Minus1)? + EPS)?.sqrt()?;
+        centered.broadcast_div(&std)?.broadcast_mul(&ln.get(0)?)?.broadcast_add(&ln.get(1)?)
+    }
+
+    #[test]
+    fn equals_the_naive_formula_and_is_differentiable() {
+        for shape in SHAPES {
+            let inputs64 @ [x, ln, dy] = &inputs(shape, DType::F64);
+            let results = run(inputs64);
+            assert_close(&results[0], &naive(x, ln).unwrap(), 1e-12);
+            let loss = |inputs: &[Tensor]| inner(&naive(&inputs[0], &inputs[1]).unwrap(), dy);
+            assert_gradients(loss, &[x.clone(), ln.clone()], &results[1..]);
+            assert_all_close(&run(&inputs(shape, DType::F32)), &results, 2e-5);
+        }
+    }
+
+    #[test]
+    fn independent_of_threads() {
+        assert_independent_of_threads(|| run(&inputs([900, 128], DType::F32)).to_vec());
+    }
+
+    #[test]
+    fn nan_stays_in_its_row() {
+        let [_, ln, _] = inputs([2, 2], DType::F32);
+        let x = view(&[f64::NAN, 0.0, 1.0, 2.0], &[2, 2], DType::F32);
+        let [out, stats] = [unset(&[2, 2], DType::F32), unset(&[2, 2], DType::F32)];
+        forward(&x, &ln, &out, &stats).unwrap();
+        let is_nan: Vec<bool> = values(&out).iter().map(|x| x.is_nan()).collect();
+        assert_eq!(is_nan, [true, true, false, false]);
+    }
 }

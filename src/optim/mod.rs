@@ -1,5 +1,19 @@
 //! Update rules over flat tensors, one a file, and learning-rate schedules.
 
+mod adamw;
+#[cfg(test)]
+mod laws;
+mod muon;
+mod pass;
+mod schedule;
+mod sgd;
+
+pub use adamw::AdamW;
+pub use muon::Muon;
+pub use schedule::learning_rate;
+pub use sgd::Sgd;
+
+use crate::config::{OptimizerKind, OptimizerTable};
 use crate::error::Result;
 use crate::model::Layout;
 use candle_core::Tensor;
@@ -40,4 +54,19 @@ pub trait Optimizer: Send + Sync {
         moments: &[Tensor],
         hyper: &Hyper,
     ) -> Result<()>;
+}
+
+/// The update rule that the config names.
+pub fn new(table: &OptimizerTable) -> Box<dyn Optimizer> {
+    match table.kind {
+        OptimizerKind::Sgd => Box::new(Sgd::new(table)),
+        OptimizerKind::AdamW => Box::new(AdamW::new(table)),
+        OptimizerKind::Muon => Box::new(Muon::new(table)),
+    }
+}
+
+/// min(1, clip / norm): the factor that clips a gradient of this norm; 1 if `clip` is 0 (off). A norm that is not a number
+/// gives a factor that is not, so that the fault is seen.
+pub fn gradient_scale(norm: f64, clip: f64) -> f64 {
+    if clip == 0.0 || norm <= clip { 1.0 } else { clip / norm }
 }

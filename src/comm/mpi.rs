@@ -1,0 +1,339 @@
+//! Ranks as MPI processes.
+//!
+//! Every collective but `split` is started non-blocking and polled, so that a rank that has stopped becomes an error
+//! after the time limit instead of a hang. rsmpi's requests borrow their buffers for a scope, while ours outlive the
+//! call that starts them; so this file calls MPI itself, through rsmpi's bindings, and keeps all `unsafe` in it.
+//!
+//! MPI_IN_PLACE is a macro that the bindings lack: a sum is received into a second, pooled buffer.
+
+use super::pool::Pool;
+use super::{Communicator, DEFAULT_TIMEOUT, Reduction, Ticket, timed_out};
+use crate::error::{Context, Result, anyhow, bail, ensure};
+use mpi::ffi;
+use std::cell::Cell;
+use std::ffi::c_int;
+use std::fmt::Display;
+use std::mem::ManuallyDrop;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+/// Elements of one MPI call; longer buffers take several. Far under the limit of a C int (2³¹ − 1), so that ordinary
+/// buffers already use the path that the largest need.
+const MAX_COUNT: usize = 1 << 24;
+
+/// A wait of a busy job is over within this time and only yields the CPU; longer ones sleep between polls.
+const YIELD_FOR: Duration = Duration::from_millis(5);
+const SLEEP: Duration = Duration::from_micros(50);
+
+/// MPI between initialisation and finalisation, which comes when the last group is dropped.
+pub struct Session {
+    universe: ManuallyDrop<mpi::environment::Universe>,
+    /// A group was dropped in the middle of a collective: MPI_Finalize could wait for it for ever.
+    unfinished: Cell<bool>,
+}
+
+impl Session {
+    /// Initialises MPI; this thread is the one that may call it from now on.
+    pub fn start() -> Result<Rc<Session>> {
+        use mpi::environment::{Threading, initialize_with_threading, library_version};
+        let started = initialize_with_threading(Threading::Funneled);
+        let (universe, provided) = started.context("MPI has been initialised before in this process")?;
+        let session = Session { universe: ManuallyDrop::new(universe), unfinished: Cell::new(false) };
+        ensure!(
+            provided >= Threading::Funneled,
+            "MPI offers thread level {provided:?}, vcycle computes with threads and needs Funneled ({}): use an MPI built with thread support",
+            library_version().unwrap_or_default().trim()
+        );
+        Ok(Rc::new(session))
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if !self.unfinished.get() {
+            // SAFETY: dropped here and nowhere else.
+            unsafe { ManuallyDrop::drop(&mut self.universe) }
+        }
+    }
+}
+
+/// Ends all ranks of the job. Any thread may call it: the thread level forbids that to the others, but the job ends here.
+pub fn abort(code: i32) -> ! {
+    // SAFETY: plain call; MPI was initialised by whoever has a group or installed the panic hook.
+    unsafe { ffi::MPI_Abort(ffi::RSMPI_COMM_WORLD, code) };
+    std::process::exit(code)
+}
+
+/// A group of MPI processes.
+pub struct Mpi {
+    comm: ffi::MPI_Comm,
+    rank: usize,
+    size: usize,
+    timeout: Duration,
+    flights: Vec<Flight>,
+    next: u64,
+    pool: Pool,
+    idle_requests: Vec<Vec<ffi::MPI_Request>>,
+    /// Send and receive buffer of `reduce`.
+    small: (Vec<f64>, Vec<f64>),
+    session: Rc<Session>,
+}
+
+/// A sum under way.
+struct Flight {
+    ticket: Ticket,
+    pending: Pending<(Vec<f32>, Vec<f32>)>,
+}
+
+/// Buffers that MPI reads or writes until `requests` are complete. Dropped before, it leaks the buffers: MPI may still
+/// write to them.
+struct Pending<B> {
+    buffers: ManuallyDrop<B>,
+    requests: Vec<ffi::MPI_Request>,
+}
+
+impl<B> Pending<B> {
+    fn new(buffers: B, requests: Vec<ffi::MPI_Request>) -> Self {
+        Pending { buffers: ManuallyDrop::new(buffers), requests }
+    }
+
+    /// Moves the requests on; true once all are complete (and from then on).
+    fn test(&mut self) -> Result<bool> {
+        let mut done: c_int = 0;
+        let (count, requests) = (self.requests.len() as c_int, self.requests.as_mut_ptr());
+        // SAFETY: `requests` are requests that this type owns; complete ones are MPI_REQUEST_NULL, which MPI skips.
+        check(unsafe { ffi::MPI_Testall(count, requests, &mut done, ffi::RSMPI_STATUSES_IGNORE) })?;
+        Ok(done != 0)
+    }
+
+    /// Polls until complete; gives the buffers back, and the list of requests to use again.
+    fn finish(mut self, rank: usize, op: &dyn Display, timeout: Duration) -> Result<(B, Vec<ffi::MPI_Request>)> {
+        let start = Instant::now();
+        while !self.test().with_context(|| format!("rank {rank}, collective `{op}`"))? {
+            let waited = start.elapsed();
+            if waited > timeout {
+                return Err(timed_out(rank, op, timeout));
+            }
+            // Ranks may share a core: let the others run.
+            if waited < YIELD_FOR { std::thread::yield_now() } else { std::thread::sleep(SLEEP) }
+        }
+        let Pending { buffers, mut requests } = self;
+        requests.clear();
+        Ok((ManuallyDrop::into_inner(buffers), requests))
+    }
+}
+
+/// MPI's return code as a result (MPI_ERRORS_RETURN is set on every group).
+fn check(code: c_int) -> Result<()> {
+    if code == ffi::MPI_SUCCESS as c_int {
+        return Ok(());
+    }
+    let mut text = [0u8; ffi::MPI_MAX_ERROR_STRING as usize + 1];
+    let mut len: c_int = 0;
+    // SAFETY: the buffer has room for MPI_MAX_ERROR_STRING characters and a final zero.
+    unsafe { ffi::MPI_Error_string(code, text.as_mut_ptr().cast(), &mut len) };
+    Err(anyhow!("MPI error {code}: {}", String::from_utf8_lossy(&text[..len as usize])))
+}
+
+/// Ranges of at most [`MAX_COUNT`] elements that cover `0..len`, as (first, count).
+fn pieces(len: usize) -> impl Iterator<Item = (usize, c_int)> {
+    (0..len).step_by(MAX_COUNT).map(move |first| (first, (len - first).min(MAX_COUNT) as c_int))
+}
+
+impl Mpi {
+    /// All processes of the job, as a group of its own.
+    pub fn world(session: &Rc<Session>) -> Result<Mpi> {
+        // SAFETY: MPI is initialised while a session lives.
+        let (world, all) = (unsafe { ffi::RSMPI_COMM_WORLD }, Some(0));
+        let group = Mpi::split_off(world, session, DEFAULT_TIMEOUT, all)?;
+        group.context("MPI_Comm_split of all ranks gave no group")
+    }
+
+    /// Rank and size among the processes of this group on this node.
+    pub fn on_this_node(&self) -> Result<(usize, usize)> {
+        let mut comm = self.comm;
+        // SAFETY: collective on a live group; the new handle is owned by the `Mpi` made of it.
+        check(unsafe {
+            let (kind, info) = (ffi::RSMPI_COMM_TYPE_SHARED, ffi::RSMPI_INFO_NULL);
+            ffi::MPI_Comm_split_type(self.comm, kind, self.rank as c_int, info, &mut comm)
+        })?;
+        let node = Mpi::adopt(comm, &self.session, self.timeout)?;
+        Ok((node.rank, node.size))
+    }
+
+    fn split_off(
+        parent: ffi::MPI_Comm,
+        session: &Rc<Session>,
+        timeout: Duration,
+        color: Option<usize>,
+    ) -> Result<Option<Mpi>> {
+        let mut comm = parent;
+        // SAFETY: collective on a live group; ranks that join none pass MPI_UNDEFINED and get MPI_COMM_NULL. Equal keys
+        // keep the order of ranks.
+        check(unsafe {
+            let color = color.map_or(Ok(ffi::RSMPI_UNDEFINED), c_int::try_from)?;
+            ffi::MPI_Comm_split(parent, color, 0, &mut comm)
+        })?;
+        color.map(|_| Mpi::adopt(comm, session, timeout)).transpose()
+    }
+
+    /// Takes over a new MPI communicator.
+    fn adopt(comm: ffi::MPI_Comm, session: &Rc<Session>, timeout: Duration) -> Result<Mpi> {
+        let (mut rank, mut size): (c_int, c_int) = (0, 0);
+        // SAFETY: `comm` is a live communicator.
+        unsafe {
+            check(ffi::MPI_Comm_set_errhandler(comm, ffi::RSMPI_ERRORS_RETURN))?;
+            check(ffi::MPI_Comm_rank(comm, &mut rank))?;
+            check(ffi::MPI_Comm_size(comm, &mut size))?;
+        }
+        Ok(Mpi {
+            comm,
+            rank: rank as usize,
+            size: size as usize,
+            timeout,
+            flights: Vec::new(),
+            next: 0,
+            pool: Pool::default(),
+            idle_requests: Vec::new(),
+            small: Default::default(),
+            session: session.clone(),
+        })
+    }
+
+    /// Starts `call(first, count, request)` for every piece of a buffer of `len` elements.
+    fn start<B>(
+        &mut self,
+        buffers: B,
+        len: usize,
+        mut call: impl FnMut(&mut B, usize, c_int, &mut ffi::MPI_Request) -> c_int,
+    ) -> Result<Pending<B>> {
+        let mut pending = Pending::new(buffers, self.idle_requests.pop().unwrap_or_default());
+        for (first, count) in pieces(len) {
+            // SAFETY: reads a constant of the library.
+            let mut request = unsafe { ffi::RSMPI_REQUEST_NULL };
+            let code = call(&mut pending.buffers, first, count, &mut request);
+            pending.requests.push(request);
+            check(code).inspect_err(|_| self.session.unfinished.set(true))?;
+        }
+        Ok(pending)
+    }
+
+    fn finish<B>(&mut self, pending: Pending<B>, op: &dyn Display) -> Result<B> {
+        let finished = pending.finish(self.rank, op, self.timeout);
+        let (buffers, requests) = finished.inspect_err(|_| self.session.unfinished.set(true))?;
+        self.idle_requests.push(requests);
+        Ok(buffers)
+    }
+
+    /// Broadcast of bytes whose number all ranks know.
+    fn broadcast_bytes(&mut self, data: Vec<u8>, root: usize) -> Result<Vec<u8>> {
+        let (comm, len) = (self.comm, data.len());
+        let pending = self.start(data, len, |data, first, count, request| {
+            let data = data[first..].as_mut_ptr().cast();
+            // SAFETY: `Pending` keeps the buffer in place until the request is complete; the piece lies inside it.
+            unsafe { ffi::MPI_Ibcast(data, count, ffi::RSMPI_UINT8_T, root as c_int, comm, request) }
+        })?;
+        self.finish(pending, &format_args!("broadcast from rank {root}"))
+    }
+}
+
+impl Communicator for Mpi {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    fn set_timeout(&mut self, timeout: Duration) {
+        self.timeout = timeout;
+    }
+
+    fn start_sum(&mut self, data: Vec<f32>) -> Result<Ticket> {
+        let (comm, len) = (self.comm, data.len());
+        let buffers = (data, self.pool.take(len));
+        let pending = self.start(buffers, len, |(data, sums), first, count, request| {
+            let (data, sums) = (data[first..].as_ptr().cast(), sums[first..].as_mut_ptr().cast());
+            // SAFETY: `Pending` keeps both buffers in place until the request is complete; the piece lies inside them.
+            unsafe { ffi::MPI_Iallreduce(data, sums, count, ffi::RSMPI_FLOAT, ffi::RSMPI_SUM, comm, request) }
+        })?;
+        let ticket = Ticket(self.next);
+        self.next += 1;
+        self.flights.push(Flight { ticket, pending });
+        Ok(ticket)
+    }
+
+    fn progress(&mut self) -> Result<()> {
+        for flight in &mut self.flights {
+            flight.pending.test().with_context(|| format!("rank {}, {:?}", self.rank, flight.ticket))?;
+        }
+        Ok(())
+    }
+
+    fn wait(&mut self, ticket: Ticket) -> Result<Vec<f32>> {
+        let Some(i) = self.flights.iter().position(|flight| flight.ticket == ticket) else {
+            bail!("{ticket:?} was not started or was waited for before");
+        };
+        let pending = self.flights.swap_remove(i).pending;
+        let len = pending.buffers.0.len();
+        let (data, sums) = self.finish(pending, &format_args!("sum of {len} values"))?;
+        self.pool.give(data);
+        Ok(sums)
+    }
+
+    fn reduce(&mut self, values: &mut [f64], reduction: Reduction) -> Result<()> {
+        let (mut data, mut result) = std::mem::take(&mut self.small);
+        data.clear();
+        data.extend_from_slice(values);
+        result.resize(values.len(), 0.0);
+        let (comm, len) = (self.comm, values.len());
+        let pending = self.start((data, result), len, |(data, result), first, count, request| {
+            let (data, result) = (data[first..].as_ptr().cast(), result[first..].as_mut_ptr().cast());
+            // SAFETY: `Pending` keeps both buffers in place until the request is complete; the piece lies inside them.
+            unsafe {
+                let op = if reduction == Reduction::Sum { ffi::RSMPI_SUM } else { ffi::RSMPI_MAX };
+                ffi::MPI_Iallreduce(data, result, count, ffi::RSMPI_DOUBLE, op, comm, request)
+            }
+        })?;
+        self.small = self.finish(pending, &format_args!("{reduction:?} of {len} numbers"))?;
+        values.copy_from_slice(&self.small.1);
+        Ok(())
+    }
+
+    fn broadcast(&mut self, data: &mut Vec<u8>, root: usize) -> Result<()> {
+        ensure!(root < self.size, "broadcast from rank {root}: there are {} ranks", self.size);
+        let len = self.broadcast_bytes((data.len() as u64).to_le_bytes().to_vec(), root)?;
+        let len = u64::from_le_bytes(len.try_into().map_err(|_| anyhow!("a broadcast length is not 8 bytes"))?);
+        data.resize(usize::try_from(len)?, 0);
+        *data = self.broadcast_bytes(std::mem::take(data), root)?;
+        Ok(())
+    }
+
+    fn barrier(&mut self) -> Result<()> {
+        let comm = self.comm;
+        // SAFETY: collective on a live group, without buffers.
+        let pending = self.start((), 1, |(), _, _, request| unsafe { ffi::MPI_Ibarrier(comm, request) })?;
+        self.finish(pending, &"barrier")
+    }
+
+    fn split(&mut self, color: Option<usize>) -> Result<Option<Box<dyn Communicator>>> {
+        let group = Mpi::split_off(self.comm, &self.session, self.timeout, color)?;
+        Ok(group.map(|group| Box::new(group) as Box<dyn Communicator>))
+    }
+
+    fn abort(&self, code: i32) -> ! {
+        abort(code)
+    }
+}
+
+impl Drop for Mpi {
+    fn drop(&mut self) {
+        if self.flights.is_empty() && !self.session.unfinished.get() {
+            // SAFETY: the group is live, was made by this file, and no request of it is under way.
+            unsafe { ffi::MPI_Comm_free(&mut self.comm) };
+        } else {
+            self.session.unfinished.set(true);
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! The element types of the kernels, and what kernels share: vectorisation, scratch memory, the size of a piece of work.
+use candle_core::{CpuStorage, WithDType};
+use std::cell::RefCell;
+use std::ops::Neg;
+use std::thread::LocalKey;
+
+/// f32, and f64 for verification.
+pub trait Real: WithDType + Neg<Output = Self> {
+    const NEG_INFINITY: Self;
+    /// The nearest element to `value`.
+    #[inline(always)]
+    fn of(value: f64) -> Self {
+        Self::from_f64(value)
+    }
+    /// self * a + b, rounded once.
+    fn mul_add(self, a: Self, b: Self) -> Self;
+    fn sqrt(self) -> Self;
+    /// e^self; NaN stays NaN. f64: exact; f32: [`exp_f32`].
+    fn exp(self) -> Self;
+    fn slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]>;
+    /// Idle scratch buffers of this thread, for [`with_scratch`].
+    fn scratch_pool() -> &'static LocalKey<RefCell<Vec<Vec<Self>>>>;
+
+    /// The larger of both; self if `other` is NaN.
+    #[inline(always)]
+    fn larger(self, other: Self) -> Self {
+        if other > self { other } else { self }
+    }
+}
+
+macro_rules! real {
+    ($t:ident, $dtype:ident, $exp:expr) => {
+        impl Real for $t {
+            const NEG_INFINITY: $t = $t::NEG_INFINITY;
+            #[inline(always)]
+            fn mul_add(self, a: $t, b: $t) -> $t {
+                $t::mul_add(self, a, b)
+            }
+            #[inline(always)]
+            fn sqrt(self) -> $t {
+                $t::sqrt(self)
+            }
+            #[inline(always)]
+            fn exp(self) -> $t {
+                $exp(self)
+            }
+            fn slice_mut(storage: &mut CpuStorage) -> Option<&mut [$t]> {
+                match storage {
+                    CpuStorage::$dtype(data) => Some(data),
+                    _ => None,
+                }
+            }
+            fn scratch_pool() -> &'static LocalKey<RefCell<Vec<Vec<$t>>>> {
+                thread_local!(static POOL: RefCell<Vec<Vec<$t>>> = const { RefCell::new(Vec::new()) });
+                &POOL
+            }
+        }
+    };
+}
+
+real!(f32, F32, exp_f32);
+real!(f64, F64, f64::exp);
+
+/// e^x = 2^n e^r, n = round(x / ln 2), |r| ≤ ln 2 / 2, with the polynomial of Cephes' `expf`; branch-free, so that it
+/// vectorises. Relative error below 2e-7; x is clamped to ±87.3, where neither it nor its inverse leaves
+/// the normal range.
+#[inline(always)]
+fn exp_f32(x: f32) -> f32 {
+    // 1.5 * 2^23: adding it rounds to an integer, left in the low bits of the sum
+    const ROUND: f32 = 12_582_912.0;
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    // written so that NaN passes both
+    let x = if x < -87.3 { -87.3 } else { x };
+    let x = if x > 87.3 { 87.3 } else { x };
+    let rounded = x.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let n = rounded - ROUND;
+    let r = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, x));
+    let p = 1.987_569_1e-4_f32;
+    let p = p.mul_add(r, 1.398_199_9e-3);
+    let p = p.mul_add(r, 8.333_452e-3);
+    let p = p.mul_add(r, 4.166_579_6e-2);
+    let p = p.mul_add(r, 1.666_666_5e-1);
+    let p = p.mul_add(r, 0.5);
+    let exp_r = p.mul_add(r * r, r) + 1.0;
+    let two_to_n = f32::from_bits((rounded.to_bits() << 23).wrapping_add(127 << 23));
+    exp_r * two_to_n
+}
+
+/// Elements an element-wise kernel gives to one task: too few and starting the task costs more than it saves. An input
+/// of one piece never enters the thread pool.
+pub const PIECE: usize = 1 << 15;
+
+/// Rows of `width` elements in a piece.
+pub fn rows_per_piece(width: usize) -> usize {
+    (PIECE / width.max(1)).max(1)
+}
+
+/// Independent partial sums in a vectorised reduction: two vectors of AVX-512, four of AVX2. The same on every
+/// machine, so that the order of additions is.
+const LANES: usize = 32;
+
+/// Runs `body` compiled for the widest vector instructions of this CPU. What is to be vectorised must be inlined into it.
+#[inline(always)]
+pub fn vectorized<R>(body: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(body)
+}
+
+/// Reduces `f(i)`, i = 0..n, with `combine`, from `identity`, in a fixed order that vectorises.
+#[inline(always)]
+pub fn reduce<A: Copy>(n: usize, identity: A, f: impl Fn(usize) -> A, combine: impl Fn(A, A) -> A) -> A {
+    let mut lanes = [identity; LANES];
+    let whole = n / LANES * LANES;
+    for start in (0..whole).step_by(LANES) {
+        for (lane, partial) in lanes.iter_mut().enumerate() {
+            *partial = combine(*partial, f(start + lane));
+        }
+    }
+    for i in whole..n {
+        lanes[i - whole] = combine(lanes[i - whole], f(i));
+    }
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            lanes[lane] = combine(lanes[lane], lanes[lane + width]);
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// Lends `f` a buffer of `len` elements of unspecified value, kept by the thread for the next use.
+pub fn with_scratch<T: Real, R>(len: usize, f: impl FnOnce(&mut [T]) -> R) -> R {
+    let mut buffer = T::scratch_pool().with_borrow_mut(Vec::pop).unwrap_or_default();
+    if buffer.len() < len {
+        buffer.resize(len, T::zero());
+    }
+    let result = f(&mut buffer[..len]);
+    T::scratch_pool().with_borrow_mut(|pool| pool.push(buffer));
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_f32_is_close_everywhere_it_is_normal() {
+        let mut worst = 0f64;
+        for i in 0..=1_000_000 {
+            let x = -87.3 + 174.6 * (i as f32 / 1_000_000.0);
+            let exact = (x as f64).exp();
+            worst = worst.max((exp_f32(x) as f64 - exact).abs() / exact);
+        }
+        println!("exp_f32: largest relative error {worst:.3e}");
+        assert!(worst < 2e-7, "{worst}");
+        assert!(exp_f32(f32::NAN).is_nan());
+        assert_eq!(exp_f32(0.0), 1.0);
+        assert!(exp_f32(f32::NEG_INFINITY) < 1.3e-38);
+    }
+
+    #[test]
+    fn reduce_meets_every_element_once() {
+        for n in [0, 1, 31, 32, 33, 100] {
+            assert_eq!(reduce(n, 0, |i| i + 1, |a, b| a + b), n * (n + 1) / 2);
+        }
+    }
+
+    #[test]
+    fn scratch_may_be_nested() {
+        with_scratch::<f32, _>(4, |a| {
+            a.fill(1.0);
+            with_scratch::<f32, _>(8, |b| b.fill(2.0));
+            assert_eq!(a, [1.0; 4]);
+        });
+    }
+}

@@ -1,0 +1,172 @@
+//! Muon: orthogonalised momentum on the hidden matrices, [`AdamW`] on everything else.
+//!
+//! For a matrix of r rows and c columns:
+//!
+//! ```text
+//! B ← μ B + g
+//! U = g + μ B  (Nesterov)   or   B
+//! X = U / ‖U‖_F,  then five times  X ← (a I + b A + c A²) X,  A = X Xᵀ      (for r > c: X (a I + b A + c A²), A = Xᵀ X)
+//! θ ← (1 − η λ) θ − η √max(1, r/c) X,   η = lr · muon_lr_ratio
+//! ```
+//!
+//! X has U's singular vectors and singular values near 1 (about 0.7 to 1.2). Coefficients and scale are those of Keller
+//! Jordan's post "Muon: An optimizer for hidden layers in neural networks" (kellerjordan.github.io/posts/muon, 2024), where
+//! η is about 0.02 while Adam's rate is about a tenth of that: hence a ratio of learning rates instead of Moonshot's scale
+//! 0.2 √max(r, c) (arXiv 2502.16982), which is made to share one rate. The fused qkv weight is three matrices.
+
+use super::pass::{Elements, Rule, Step};
+use super::{AdamW, Hyper, Moment, Optimizer};
+use crate::config::OptimizerTable;
+use crate::error::Result;
+use crate::model::{Layout, Segment};
+use crate::ops::matrix::{Mat, MatMut, multiply};
+use crate::ops::real::{Real, reduce, vectorized, with_scratch};
+use candle_core::Tensor;
+
+/// a, b, c: the slope at 0 is as large as it may be, so that small singular values grow fast.
+const QUINTIC: [f64; 3] = [3.4445, -4.7750, 2.0315];
+const ITERATIONS: usize = 5;
+/// Least norm that is divided by: a matrix without gradient stays where it is.
+const SMALLEST_NORM: f64 = 1e-7;
+
+pub struct Muon {
+    momentum: f64,
+    nesterov: bool,
+    weight_decay: f64,
+    lr_ratio: f64,
+    adamw: AdamW,
+}
+
+impl Muon {
+    pub fn new(table: &OptimizerTable) -> Muon {
+        Muon {
+            momentum: table.momentum,
+            nesterov: table.nesterov,
+            weight_decay: table.weight_decay,
+            lr_ratio: table.muon_lr_ratio,
+            adamw: AdamW::new(table),
+        }
+    }
+
+    /// Updates one matrix of `columns` columns, on this thread; the moment v is not used.
+    fn update_matrix<T: Real>(&self, columns: usize, decay: bool, hyper: &Hyper, elements: Elements<T, 3>) {
+        let Elements { grad, written: [theta, momentum, _] } = elements;
+        let rows = grad.len() / columns;
+        let small = rows.min(columns);
+        with_scratch(2 * grad.len() + 2 * small * small, |scratch: &mut [T]| {
+            let (x, workspace) = scratch.split_at_mut(grad.len());
+            let gradient = Elements { grad, written: [momentum, x] };
+            self.accumulate(hyper, gradient);
+            let x = orthogonalize(x, workspace, columns);
+            let lr = hyper.lr * self.lr_ratio;
+            let keep = T::of(1.0 - if decay { lr * self.weight_decay } else { 0.0 });
+            let step_size = T::of(lr * (rows as f64 / columns as f64).max(1.0).sqrt());
+            let direction = Elements { grad: x, written: [theta] };
+            vectorized(
+                #[inline(always)]
+                || direction.update(&|x, [theta]| [keep * theta - step_size * x]),
+            );
+        });
+    }
+
+    /// written = B, U of the gradient.
+    fn accumulate<T: Real>(&self, hyper: &Hyper, gradient: Elements<T, 2>) {
+        let (mu, nesterov, scale) = (T::of(self.momentum), self.nesterov, T::of(hyper.gradient_scale));
+        vectorized(
+            #[inline(always)]
+            || {
+                gradient.update(&|g, [b, _]| {
+                    let g = scale * g;
+                    let b = mu * b + g;
+                    [b, if nesterov { g + mu * b } else { b }]
+                })
+            },
+        );
+    }
+}
+
+/// The orthogonalised `x`, which lies in `x` or in `workspace` (|x| + 2 min(r, c)² elements). Both are overwritten.
+fn orthogonalize<'a, T: Real>(mut x: &'a mut [T], workspace: &'a mut [T], columns: usize) -> &'a [T] {
+    let rows = x.len() / columns;
+    let small = rows.min(columns);
+    let (mut next, workspace) = workspace.split_at_mut(x.len());
+    let (gram, polynomial) = workspace.split_at_mut(small * small);
+    normalize(x);
+    for _ in 0..ITERATIONS {
+        let view = Mat::new(x, columns);
+        let (left, right) = if rows <= columns { (view, view.t()) } else { (view.t(), view) };
+        multiply(1.0, left, right, 0.0, MatMut::new(gram, small));
+        // polynomial = a I + b A + c A²
+        let [a, b, c] = QUINTIC;
+        polynomial.copy_from_slice(gram);
+        multiply(c, Mat::new(gram, small), Mat::new(gram, small), b, MatMut::new(polynomial, small));
+        polynomial.iter_mut().step_by(small + 1).for_each(|diagonal| *diagonal += T::of(a));
+        let polynomial = Mat::new(polynomial, small);
+        let (left, right) = if rows <= columns { (polynomial, view) } else { (view, polynomial) };
+        multiply(1.0, left, right, 0.0, MatMut::new(next, columns));
+        std::mem::swap(&mut x, &mut next);
+    }
+    x
+}
+
+/// x ← x / ‖x‖
+fn normalize<T: Real>(x: &mut [T]) {
+    vectorized(
+        #[inline(always)]
+        || {
+            let norm = reduce(
+                x.len(),
+                0.0,
+                #[inline(always)]
+                |i| x[i].to_f64() * x[i].to_f64(),
+                #[inline(always)]
+                |a, b| a + b,
+            );
+            let norm = norm.sqrt();
+            let factor = T::of(if norm < SMALLEST_NORM { SMALLEST_NORM } else { norm }.recip());
+            x.iter_mut().for_each(|x| *x *= factor);
+        },
+    )
+}
+
+impl Rule<3> for Muon {
+    const NAME: &str = "muon";
+
+    fn update<T: Real>(&self, segment: &Segment, t: u64, hyper: &Hyper, elements: Elements<T, 3>) {
+        let &[rows, columns] = &segment.shape[..] else {
+            return self.adamw.update(segment, t, hyper, elements);
+        };
+        if !segment.orthogonalize {
+            return self.adamw.update(segment, t, hyper, elements);
+        }
+        let matrices = if segment.name.ends_with("qkv/weight") { 3 } else { 1 };
+        let len = rows / matrices * columns;
+        elements.for_each_part(0..matrices, &|k| k * len, &|_, matrix| {
+            self.update_matrix(columns, segment.decay, hyper, matrix);
+        });
+    }
+}
+
+impl Optimizer for Muon {
+    fn name(&self) -> &'static str {
+        Muon::NAME
+    }
+
+    /// On the hidden matrices m is the momentum B and v is not used.
+    fn moments(&self) -> &'static [Moment] {
+        &[Moment { name: "m", power: 1 }, Moment { name: "v", power: 2 }]
+    }
+
+    fn step(
+        &self,
+        layout: &Layout,
+        rows: &[usize],
+        updates: &[u64],
+        theta: &Tensor,
+        grad: &Tensor,
+        moments: &[Tensor],
+        hyper: &Hyper,
+    ) -> Result<()> {
+        Step { layout, rows, updates, theta, grad, moments, hyper }.apply(self)
+    }
+}

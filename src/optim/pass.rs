@@ -1,0 +1,170 @@
+//! One pass over the flat tensors: every element of θ, its gradient and its moments is read once and written once.
+//!
+//! The tensors are cut along rows, segments and pieces of fixed size. Parts are independent of each other, so a step gives
+//! the same bits for any number of threads.
+
+use super::Hyper;
+use crate::error::{Result, bail, ensure};
+use crate::model::{Layout, Segment};
+use crate::ops::access::{check, no_kernel, read, write};
+use crate::ops::real::{PIECE, Real, vectorized};
+use candle_core::{DType, Device, Tensor};
+use std::ops::Range;
+
+/// An update rule on segments; N - 1 is its number of moments.
+pub trait Rule<const N: usize>: Sync {
+    const NAME: &str;
+    /// Updates one segment of one row with its `t`-th gradient, t = 1, 2, ...
+    fn update<T: Real>(&self, segment: &Segment, t: u64, hyper: &Hyper, elements: Elements<T, N>);
+}
+
+/// The same stretch of all tensors of a step.
+pub struct Elements<'a, T, const N: usize> {
+    pub grad: &'a [T],
+    /// θ, then the moments.
+    pub written: [&'a mut [T]; N],
+}
+
+impl<'a, T: Real, const N: usize> Elements<'a, T, N> {
+    fn split_at(mut self, middle: usize) -> (Self, Self) {
+        let (grad, grad_after) = self.grad.split_at(middle);
+        let mut after = std::array::from_fn(|_| Default::default());
+        let written = std::array::from_fn(|i| {
+            let (before, rest) = std::mem::take(&mut self.written[i]).split_at_mut(middle);
+            after[i] = rest;
+            before
+        });
+        (Elements { grad, written }, Elements { grad: grad_after, written: after })
+    }
+
+    /// Calls `f(k, part)` in parallel for the parts k that begin at `start(k)`.
+    pub fn for_each_part<S, F>(self, parts: Range<usize>, start: &S, f: &F)
+    where
+        S: Fn(usize) -> usize + Sync,
+        F: Fn(usize, Self) + Sync,
+    {
+        match parts.len() {
+            0 => {}
+            1 => f(parts.start, self),
+            n => {
+                let middle = parts.start + n / 2;
+                let (before, after) = self.split_at(start(middle) - start(parts.start));
+                rayon::join(
+                    || before.for_each_part(parts.start..middle, start, f),
+                    || after.for_each_part(middle..parts.end, start, f),
+                );
+            }
+        }
+    }
+
+    /// Calls `f(g, [θ, moments])` for every element, vectorised and in parallel, and stores what it returns.
+    #[inline(always)]
+    pub fn for_each(self, f: impl Fn(T, [T; N]) -> [T; N] + Sync) {
+        let pieces = self.grad.len().div_ceil(PIECE);
+        self.for_each_part(0..pieces, &|piece| piece * PIECE, &|_, piece| {
+            vectorized(
+                #[inline(always)]
+                || piece.update(&f),
+            )
+        });
+    }
+
+    #[inline(always)]
+    pub fn update(self, f: &impl Fn(T, [T; N]) -> [T; N]) {
+        let n = self.grad.len();
+        // Slices of one known length: no bounds check stays in the loop, which is what lets it vectorise.
+        let written = self.written.map(|x| &mut x[..n]);
+        for i in 0..n {
+            let new = f(self.grad[i], std::array::from_fn(|k| written[k][i]));
+            for k in 0..N {
+                written[k][i] = new[k];
+            }
+        }
+    }
+}
+
+/// The tensors and numbers of one optimizer step; see [`super::Optimizer::step`].
+pub struct Step<'a> {
+    pub layout: &'a Layout,
+    pub rows: &'a [usize],
+    pub updates: &'a [u64],
+    pub theta: &'a Tensor,
+    pub grad: &'a Tensor,
+    pub moments: &'a [Tensor],
+    pub hyper: &'a Hyper,
+}
+
+impl Step<'_> {
+    /// Applies `rule` to every segment of every row.
+    pub fn apply<const N: usize>(&self, rule: &impl Rule<N>) -> Result<()> {
+        match (self.theta.device(), self.theta.dtype()) {
+            (Device::Cpu, DType::F32) => self.apply_as::<f32, N>(rule),
+            (Device::Cpu, DType::F64) => self.apply_as::<f64, N>(rule),
+            (device, dtype) => Err(no_kernel(rule_name(rule), device, dtype)),
+        }
+    }
+
+    fn apply_as<T: Real, const N: usize>(&self, rule: &impl Rule<N>) -> Result<()> {
+        let height = self.check(rule_name(rule), N - 1)?;
+        let grad = read::<T>(self.grad)?;
+        write(self.theta, |theta| {
+            let mut written = std::array::from_fn(|_| Default::default());
+            written[0] = theta;
+            write_moments(self.moments, written, &mut |written| {
+                let elements = Elements { grad: &grad[..], written };
+                self.update_rows(rule, height, elements);
+                Ok(())
+            })
+        })
+    }
+
+    fn update_rows<T: Real, const N: usize>(&self, rule: &impl Rule<N>, height: usize, all: Elements<T, N>) {
+        let (segments, width) = (&self.layout.segments, self.layout.len());
+        all.for_each_part(0..height, &|row| row * width, &|row, elements| {
+            let Some(i) = self.rows.iter().position(|&chosen| chosen == row) else { return };
+            let t = self.updates[i] + 1;
+            elements.for_each_part(0..segments.len(), &|s| segments[s].offset, &|s, elements| {
+                rule.update(&segments[s], t, self.hyper, elements);
+            });
+        });
+    }
+
+    /// Returns the number of rows of the tensors.
+    fn check(&self, name: &str, moments: usize) -> Result<usize> {
+        let &[height, width] = self.theta.dims() else {
+            bail!("{name}: theta has shape {:?}, expected [rows, parameters]", self.theta.dims());
+        };
+        ensure!(width == self.layout.len(), "{name}: a row has {width} elements, its layout {}", self.layout.len());
+        ensure!(self.moments.len() == moments, "{name} keeps {moments} moments, not {}", self.moments.len());
+        ensure!(
+            self.updates.len() == self.rows.len() && self.rows.iter().all(|&row| row < height),
+            "{name}: rows {:?} of {height} with {} update counts",
+            self.rows,
+            self.updates.len()
+        );
+        let (dtype, shape) = (self.theta.dtype(), [height, width]);
+        check(name, dtype, &[("grad", self.grad, &shape)], &[("theta", self.theta, &shape)])?;
+        for moment in self.moments {
+            check(name, dtype, &[("theta", self.theta, &shape)], &[("a moment", moment, &shape)])?;
+        }
+        Ok(height)
+    }
+}
+
+fn rule_name<R: Rule<N>, const N: usize>(_: &R) -> &'static str {
+    R::NAME
+}
+
+/// Calls `f` with `written` and the elements of all moments behind θ, write-locked meanwhile.
+fn write_moments<T: Real, const N: usize>(
+    moments: &[Tensor],
+    written: [&mut [T]; N],
+    f: &mut dyn FnMut([&mut [T]; N]) -> Result<()>,
+) -> Result<()> {
+    let Some((moment, rest)) = moments.split_first() else { return f(written) };
+    write(moment, |elements| {
+        let mut written = written;
+        written[N - moments.len()] = elements;
+        write_moments(rest, written, f)
+    })
+}

@@ -1,0 +1,342 @@
+//! Laws of communicators, over all of them: one rank, threads, and processes under mpirun.
+//!
+//! For MPI this file is also the program: a test starts `mpirun -n K` of this very executable, which then runs the
+//! ignored test [`one_rank`] with the scenario that the environment names.
+
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+use vcycle::comm::{Communicator, Reduction, Solo, World, agree, thread};
+use vcycle::error::{Outcome, Result, anyhow, bail};
+
+const SCENARIO: &str = "VCYCLE_TEST_SCENARIO";
+
+// Laws
+
+fn laws(comm: &mut dyn Communicator) {
+    sums_finish_in_any_order(comm);
+    all_ranks_get_the_same_bits(comm);
+    small_reductions(comm);
+    broadcasts_replace_content_and_length(comm);
+    groups_work_by_themselves(comm);
+    errors_are_agreed_on(comm);
+    comm.barrier().unwrap();
+}
+
+/// x_i = rank + i, summed: K i + K (K-1) / 2.
+fn sums_finish_in_any_order(comm: &mut dyn Communicator) {
+    let (rank, size) = (comm.rank() as f32, comm.size() as f32);
+    let lengths = [0, 1, 3, 1000, 70_000];
+    for order in [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 4, 0, 3, 1]] {
+        let start = |&len: &usize| comm.start_sum((0..len).map(|i| rank + i as f32).collect()).unwrap();
+        let tickets: Vec<_> = lengths.iter().map(start).collect();
+        comm.progress().unwrap();
+        for i in order {
+            let sums = comm.wait(tickets[i]).unwrap();
+            assert_eq!(sums.len(), lengths[i]);
+            for (i, sum) in sums.into_iter().enumerate() {
+                assert_eq!(sum, size * i as f32 + size * (size - 1.0) / 2.0);
+            }
+        }
+        assert!(comm.wait(tickets[0]).is_err(), "a second wait for one ticket");
+    }
+}
+
+fn all_ranks_get_the_same_bits(comm: &mut dyn Communicator) {
+    let rank = comm.rank() as f32;
+    let mut sum = || {
+        let ticket = comm.start_sum((0..5000).map(|i| (i as f32 * 0.37 + rank).sin() * 1e3).collect()).unwrap();
+        comm.wait(ticket).unwrap()
+    };
+    let (mine, again) = (sum(), sum());
+    assert_eq!(mine, again);
+    let mut bytes: Vec<u8> = mine.iter().flat_map(|x| x.to_le_bytes()).collect();
+    let own = bytes.clone();
+    comm.broadcast(&mut bytes, 0).unwrap();
+    assert_eq!(bytes, own);
+}
+
+fn small_reductions(comm: &mut dyn Communicator) {
+    let (rank, size) = (comm.rank() as f64, comm.size() as f64);
+    let mut values = [rank, -rank, 0.1];
+    comm.reduce(&mut values, Reduction::Sum).unwrap();
+    let total = size * (size - 1.0) / 2.0;
+    assert_eq!(values[..2], [total, -total]);
+    assert!((values[2] - 0.1 * size).abs() < 1e-12);
+    let mut values = [rank, -rank];
+    comm.reduce(&mut values, Reduction::Max).unwrap();
+    assert_eq!(values, [size - 1.0, 0.0]);
+    let mut values = [if rank == 0.0 { f64::NAN } else { 1.0 }];
+    comm.reduce(&mut values, Reduction::Sum).unwrap();
+    assert!(values[0].is_nan());
+}
+
+fn broadcasts_replace_content_and_length(comm: &mut dyn Communicator) {
+    for root in 0..comm.size() {
+        for len in [0, 1, 100_000] {
+            let brought = if comm.rank() == root { len } else { 7 * comm.rank() };
+            let mut data = vec![comm.rank() as u8; brought];
+            comm.broadcast(&mut data, root).unwrap();
+            assert_eq!(data, vec![root as u8; len]);
+        }
+    }
+    assert!(comm.broadcast(&mut Vec::new(), comm.size()).is_err());
+}
+
+/// Even and odd ranks, the last in neither; the groups then do different things at the same time.
+fn groups_work_by_themselves(comm: &mut dyn Communicator) {
+    let (rank, size) = (comm.rank(), comm.size());
+    let outside = rank + 1 == size;
+    let mut all = comm.split(Some(0)).unwrap().unwrap();
+    let group = comm.split((!outside).then_some(rank % 2)).unwrap();
+    assert_eq!(group.is_none(), outside);
+    if let Some(mut group) = group {
+        assert_eq!(group.rank(), rank / 2);
+        let members: Vec<_> = (0..size - 1).filter(|r| r % 2 == rank % 2).collect();
+        assert_eq!(group.size(), members.len());
+        for _ in 0..1 + rank % 2 {
+            let mut sum = [rank as f64];
+            group.reduce(&mut sum, Reduction::Sum).unwrap();
+            assert_eq!(sum[0], members.iter().sum::<usize>() as f64);
+        }
+    }
+    all.barrier().unwrap();
+    assert_eq!((all.rank(), all.size()), (rank, size));
+}
+
+fn errors_are_agreed_on(comm: &mut dyn Communicator) {
+    let (rank, size) = (comm.rank(), comm.size());
+    assert_eq!(agree(comm, Ok(rank)).unwrap(), rank);
+    for first in 0..size {
+        let mine: Result<()> = if rank >= first { Err(anyhow!("cannot read {rank}")) } else { Ok(()) };
+        let agreed = format!("{:#}", agree(comm, mine).unwrap_err());
+        let expected = if first == 0 { "cannot read 0".into() } else { format!("rank {first}: cannot read {first}") };
+        assert_eq!(agreed, expected);
+    }
+}
+
+#[test]
+fn laws_hold_for_one_rank() {
+    laws(&mut Solo::default());
+}
+
+#[test]
+fn laws_hold_for_threads() {
+    for size in 1..=8 {
+        thread::run(size, |comm| laws(comm));
+    }
+}
+
+// Threads only: what MPI cannot tell
+
+#[test]
+fn threads_that_call_different_collectives_are_told() {
+    let errors =
+        thread::run(2, |comm| if comm.rank() == 0 { comm.barrier() } else { comm.reduce(&mut [0.0], Reduction::Max) });
+    for error in errors {
+        let told = error.unwrap_err().to_string();
+        assert!(told.contains("`barrier`") && told.contains("`Max of 1 numbers`"), "{told}");
+    }
+}
+
+#[test]
+fn a_thread_that_ends_the_job_ends_the_others_waits() {
+    let ended = std::panic::catch_unwind(|| {
+        thread::run(3, |comm| {
+            if comm.rank() == 1 {
+                comm.abort(1)
+            }
+            comm.barrier().unwrap_err().to_string()
+        })
+    });
+    assert!(ended.is_err());
+}
+
+#[test]
+fn a_thread_left_alone_times_out() {
+    thread::run(2, |comm| {
+        if comm.rank() == 0 {
+            let error = left_alone(comm).unwrap_err().to_string();
+            assert!(error.starts_with(LEFT_ALONE), "{error}");
+        }
+    });
+}
+
+/// Waits for ranks that do not come.
+fn left_alone(comm: &mut dyn Communicator) -> Result<()> {
+    comm.set_timeout(Duration::from_millis(300));
+    let ticket = comm.start_sum(vec![0.0; 5])?;
+    comm.wait(ticket).map(drop)
+}
+
+const LEFT_ALONE: &str = "rank 0 waited 0.3 s in the collective `sum of 5 values`";
+
+// Processes
+
+/// What a rank does under mpirun, by the name of the scenario.
+fn scenario(name: &str, world: &mut World) -> Result<Outcome> {
+    let (rank, size) = (world.rank(), world.size());
+    match name {
+        "laws" => {
+            assert_eq!((world.local_rank(), world.local_size()), (rank, size));
+            laws(world.communicator());
+        }
+        "large" => {
+            let len = (1 << 24) + 5;
+            let ticket = world.communicator().start_sum(vec![1.0; len])?;
+            let sums = world.communicator().wait(ticket)?;
+            assert!(sums.len() == len && sums.iter().all(|&x| x == size as f32));
+        }
+        "rank 0 left alone" => {
+            if rank == 0 {
+                left_alone(world.communicator())?;
+            }
+            std::thread::sleep(Duration::from_secs(60));
+        }
+        "fail on rank 1" => {
+            if rank == 1 {
+                bail!("no space left");
+            }
+            world.communicator().barrier()?;
+        }
+        "fail on all" => bail!("unknown key"),
+        "agree on failure of rank 1" => {
+            let mine = if rank == 1 { Err(anyhow!("no such file")) } else { Ok(()) };
+            world.agree(mine)?;
+        }
+        "panic on rank 1" => {
+            if rank == 1 {
+                panic!("a bug");
+            }
+            world.communicator().barrier()?;
+        }
+        "panic on a thread of rank 1" => {
+            if rank == 1 {
+                std::thread::spawn(|| panic!("a bug"));
+            }
+            std::thread::sleep(Duration::from_secs(60));
+        }
+        "panic on all" => panic!("a bug"),
+        "interrupted" => return Ok(Outcome::Interrupted),
+        _ => bail!("there is no scenario {name}"),
+    }
+    Ok(Outcome::Done)
+}
+
+#[test]
+#[ignore = "one rank of the tests below, which run it under mpirun"]
+fn one_rank() {
+    let Ok(name) = std::env::var(SCENARIO) else { return };
+    let mut world = World::init().unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        std::process::exit(1)
+    });
+    let result = scenario(&name, &mut world);
+    std::process::exit(world.finish(result).into())
+}
+
+/// This executable with `one_rank` and its scenario, behind `launcher`.
+fn launch(launcher: &[&str], scenario: &str, environment: &[(&str, &str)]) -> Output {
+    let this = std::env::current_exe().unwrap();
+    let this = this.to_str().unwrap();
+    let words = [launcher, &[this, "--exact", "one_rank", "--ignored", "--nocapture"]].concat();
+    let mut command = Command::new(words[0]);
+    command.args(&words[1..]).env(SCENARIO, scenario).envs(environment.iter().copied()).stdin(Stdio::null());
+    command.output().unwrap_or_else(|error| panic!("{}: {error}", words[0]))
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// A launcher that MPI does not know of is an error of rank 0, not as many runs as ranks.
+#[test]
+fn ranks_that_cannot_connect_are_refused_once() {
+    let mut said = String::new();
+    for rank in ["0", "1"] {
+        let output = launch(&[], "interrupted", &[("SLURM_STEP_NUM_TASKS", "2"), ("SLURM_PROCID", rank)]);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        said += &stderr(&output);
+    }
+    assert_eq!(said.matches("error: 2 ranks were launched").count(), 1, "{said}");
+}
+
+#[test]
+fn without_a_launcher_there_is_one_rank() {
+    assert_eq!(launch(&[], "interrupted", &[]).status.code(), Some(75));
+    let output = launch(&[], "fail on all", &[]);
+    assert_eq!((output.status.code(), stderr(&output).trim()), (Some(1), "error: unknown key"));
+}
+
+#[cfg(feature = "mpi")]
+mod processes {
+    use super::*;
+
+    fn mpirun(ranks: usize, scenario: &str) -> Output {
+        let environment = [
+            ("OMPI_ALLOW_RUN_AS_ROOT", "1"),
+            ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"),
+            ("OMPI_MCA_rmaps_base_oversubscribe", "1"),
+        ];
+        launch(&["mpirun", "-n", &ranks.to_string()], scenario, &environment)
+    }
+
+    fn succeeds(ranks: usize, scenario: &str) {
+        let output = mpirun(ranks, scenario);
+        assert!(output.status.success(), "{ranks} ranks, {scenario}: {}", stderr(&output));
+    }
+
+    /// Ends within seconds, exit status 1, and says `message` once.
+    fn fails(ranks: usize, scenario: &str, message: &str) {
+        let start = Instant::now();
+        let output = mpirun(ranks, scenario);
+        let (seconds, said) = (start.elapsed().as_secs_f64(), stderr(&output));
+        assert_eq!(output.status.code(), Some(1), "{scenario}: {said}");
+        assert_eq!(said.matches(message).count(), 1, "{scenario}: {said}");
+        assert!(seconds < 15.0, "{scenario} took {seconds} s");
+        println!("{scenario} on {ranks} ranks: {seconds:.1} s\n{said}");
+    }
+
+    #[test]
+    fn laws_hold_for_processes() {
+        for ranks in [1, 2, 3, 4, 8] {
+            succeeds(ranks, "laws");
+        }
+    }
+
+    #[test]
+    fn a_buffer_larger_than_one_call_is_summed() {
+        succeeds(2, "large");
+    }
+
+    #[test]
+    fn a_rank_left_alone_times_out() {
+        fails(2, "rank 0 left alone", LEFT_ALONE);
+    }
+
+    #[test]
+    fn an_error_on_one_rank_ends_all() {
+        fails(4, "fail on rank 1", "error: rank 1: no space left");
+        fails(4, "agree on failure of rank 1", "error: rank 1: no such file");
+    }
+
+    #[test]
+    fn an_error_on_all_ranks_is_told_once() {
+        fails(1, "fail on all", "error: unknown key");
+        fails(4, "fail on all", "error: unknown key");
+    }
+
+    #[test]
+    fn a_panic_ends_all_ranks() {
+        fails(3, "panic on rank 1", "a bug");
+        fails(3, "panic on a thread of rank 1", "a bug");
+        fails(3, "panic on all", "a bug");
+    }
+
+    #[test]
+    fn interrupted_ranks_exit_75() {
+        for ranks in [1, 4] {
+            let output = mpirun(ranks, "interrupted");
+            assert_eq!(output.status.code(), Some(75), "{}", stderr(&output));
+        }
+    }
+}
