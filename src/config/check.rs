@@ -20,6 +20,11 @@ pub fn resolve(config: &mut Config) {
 fn default_fractions(kind: CycleKind, count: usize) -> Option<Vec<f64>> {
     match kind {
         CycleKind::Paper => Some(vec![0.5, 0.5]),
+        CycleKind::Adaptive if count > 1 => {
+            let mut fractions = vec![0.5 / (count - 1) as f64; count];
+            fractions[0] = 0.5;
+            Some(fractions)
+        }
         CycleKind::Cascade | CycleKind::Adaptive => Some(vec![1.0 / count as f64; count]),
         _ => None,
     }
@@ -112,6 +117,13 @@ fn check_levels(config: &Config) -> Result<()> {
             levels.transfer
         );
     }
+    if levels.coherence {
+        // v is measured at the descent, for one θ_H: a coset trained later starts from another one.
+        ensure!(
+            levels.coset == CosetPolicy::First && config.cycle.kind != CycleKind::Paper,
+            "levels.coherence = true needs levels.coset = \"first\" and a cycle other than \"paper\": the term holds for the coset it was measured on"
+        );
+    }
     Ok(())
 }
 
@@ -152,10 +164,34 @@ fn check_cycle(config: &Config) -> Result<()> {
         CycleKind::V | CycleKind::W | CycleKind::F => {
             ensure!(levels.count >= 2, "cycle.kind = \"{}\" needs levels.count of at least 2", cycle.kind);
             at_least_one("cycle.coarse", cycle.coarse)?;
+            check_one_cycle_fits(config)?;
         }
         CycleKind::Phases => check_phases(config)?,
         _ => {}
     }
+    Ok(())
+}
+
+/// A V-, W- or F-cycle must fit whole into the steps before the finish.
+fn check_one_cycle_fits(config: &Config) -> Result<()> {
+    let (cycle, count) = (&config.cycle, config.levels.count as u64);
+    // How often one cycle smooths before or after a descent, and how often it is on the coarsest level.
+    let (pairs, bottoms) = match cycle.kind {
+        CycleKind::W => ((1u64 << (count - 1)) - 1, 1 << (count - 2)),
+        CycleKind::F => (count * (count - 1) / 2, count),
+        _ => (count - 1, 1),
+    };
+    let smooths = pairs.saturating_mul(cycle.pre.saturating_add(cycle.post));
+    let steps = smooths.saturating_add(cycle.coarse.saturating_mul(bottoms));
+    let available = config.cycled_steps();
+    ensure!(
+        steps <= available,
+        "one \"{}\" cycle takes {steps} steps, but run.steps = {} with cycle.finish = {} leaves {available}: \
+         lower cycle.pre, cycle.post, cycle.coarse or cycle.finish, or take more steps",
+        cycle.kind,
+        config.run.steps,
+        cycle.finish
+    );
     Ok(())
 }
 

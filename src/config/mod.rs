@@ -124,6 +124,12 @@ impl Config {
         self.horizon() / self.rows(level) as f64
     }
 
+    /// Steps before the last `cycle.finish` share of them, which `v`, `w` and `f` spend on the fine level.
+    pub fn cycled_steps(&self) -> u64 {
+        let finish = (self.run.steps as f64 * self.cycle.finish).round() as u64;
+        self.run.steps - finish.min(self.run.steps)
+    }
+
     /// End of the time interval.
     pub fn horizon(&self) -> f64 {
         self.model.horizon.expect("resolved by config::parse")

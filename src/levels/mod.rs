@@ -1,1 +1,21 @@
 //! The hierarchy of depth discretisations: levels, cosets, transfer operators, coherence, optimizer-state transfer.
+//!
+//! A trajectory is a tensor [N, P]; everything about depth is a matrix on its axis 0. `docs/MULTILEVEL.md` has the
+//! mathematics.
+
+mod coherence;
+mod group;
+mod hierarchy;
+mod memory;
+mod snapshot;
+mod switch;
+pub mod transfer;
+
+pub use group::Group;
+pub use hierarchy::Hierarchy;
+pub use memory::{Memory, memory};
+pub use snapshot::{Named, Snapshot};
+pub use switch::Gradient;
+
+#[cfg(test)]
+mod tests;

@@ -1,11 +1,16 @@
 //! Where each parameter lies in a row of the trajectory, or in the flat tensor of the ends.
 
+use super::Spec;
+use crate::config::Parametrization;
+
 /// How a segment is initialised.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Init {
+    /// Normal with mean 0 and this standard deviation.
     Normal(f64),
-    Ones,
     Zeros,
+    /// A layer norm [2, d]: weight (row 0) one, bias (row 1) zero.
+    LayerNorm,
 }
 
 /// One named parameter inside a row.
@@ -23,29 +28,115 @@ pub struct Segment {
     pub orthogonalize: bool,
 }
 
-/// The segments of a row, in order, without gaps.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Layout {
-    pub segments: Vec<Segment>,
-}
-
 impl Segment {
+    /// Number of elements.
+    #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
         self.shape.iter().product()
     }
 }
 
+/// The segments of a row, in order, without gaps.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Layout {
+    pub segments: Vec<Segment>,
+}
+
 impl Layout {
-    /// P: elements of a row.
+    /// One block, P elements.
+    ///
+    /// `standard` divides the deviation of the two projections into the residual stream by √(2N) (GPT-2); with
+    /// `completep` the step size h = 1/N does that work and no initialisation depends on depth.
+    pub fn block(spec: &Spec) -> Layout {
+        let (d, std) = (spec.width, spec.init_std);
+        let residual_std = match spec.parametrization {
+            Parametrization::Standard => std / (2.0 * spec.depth as f64).sqrt(),
+            Parametrization::CompleteP => std,
+        };
+        let mut layout = Layout::default();
+        layout.layer_norm("ln1", d);
+        layout.linear(["attn/qkv/weight", "attn/qkv/bias"], 3 * d, d, std);
+        layout.linear(["attn/proj/weight", "attn/proj/bias"], d, d, residual_std);
+        layout.layer_norm("ln2", d);
+        layout.linear(["mlp/fc/weight", "mlp/fc/bias"], 4 * d, d, std);
+        layout.linear(["mlp/proj/weight", "mlp/proj/bias"], d, 4 * d, residual_std);
+        layout
+    }
+
+    /// The ends, E elements: token embedding, learned positions, final layer norm and, if untied, the head. All
+    /// matrices have the deviation `init_std`, the positions too (as in nanoGPT; OpenAI's code draws them with 0.01).
+    pub fn ends(spec: &Spec) -> Layout {
+        let (d, std) = (spec.width, spec.init_std);
+        let mut layout = Layout::default();
+        layout.embedding("wte", spec.vocab, d, std);
+        layout.embedding("wpe", spec.context, d, std);
+        layout.layer_norm("ln_f", d);
+        if !spec.tied {
+            layout.embedding("head", spec.vocab, d, std);
+        }
+        layout
+    }
+
+    /// P (or E): elements of a row.
+    #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
         self.segments.iter().map(Segment::len).sum()
     }
-    /// One block: ln1 [2,d], attn/qkv/{weight [3d,d], bias}, attn/proj/{weight,bias}, ln2 [2,d], mlp/fc/{weight [4d,d],bias}, mlp/proj/{weight [d,4d],bias}
-    pub fn block(_spec: &super::Spec) -> Layout {
-        todo!()
+
+    fn push(&mut self, name: &'static str, shape: Vec<usize>, init: Init, decay: bool, orthogonalize: bool) {
+        let offset = self.len();
+        self.segments.push(Segment { name, shape, offset, init, decay, orthogonalize });
     }
-    /// The ends: wte [V,d], wpe [T,d], ln_f [2,d], head [V,d] if untied.
-    pub fn ends(_spec: &super::Spec) -> Layout {
-        todo!()
+
+    fn layer_norm(&mut self, name: &'static str, d: usize) {
+        self.push(name, vec![2, d], Init::LayerNorm, false, false);
+    }
+
+    fn linear(&mut self, [weight, bias]: [&'static str; 2], outputs: usize, inputs: usize, std: f64) {
+        self.push(weight, vec![outputs, inputs], Init::Normal(std), true, true);
+        self.push(bias, vec![outputs], Init::Zeros, false, false);
+    }
+
+    fn embedding(&mut self, name: &'static str, rows: usize, d: usize, std: f64) {
+        self.push(name, vec![rows, d], Init::Normal(std), true, false);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn segments_lie_end_to_end() {
+        for tied in [true, false] {
+            let spec = Spec { tied, ..Spec::small() };
+            for layout in [Layout::block(&spec), Layout::ends(&spec)] {
+                let mut end = 0;
+                for segment in &layout.segments {
+                    assert_eq!(segment.offset, end, "{}", segment.name);
+                    end += segment.len();
+                }
+                assert_eq!(layout.len(), end);
+            }
+        }
+    }
+
+    #[test]
+    fn gpt2_has_its_known_number_of_parameters() {
+        let spec = Spec { vocab: 50257, width: 768, heads: 12, context: 1024, depth: 12, ..Spec::small() };
+        assert_eq!(Layout::ends(&spec).len() + 12 * Layout::block(&spec).len(), 124_439_808);
+    }
+
+    #[test]
+    fn matrices_decay_and_hidden_matrices_are_orthogonalized() {
+        let spec = Spec { tied: false, ..Spec::small() };
+        let names = |layout: &Layout, pick: fn(&Segment) -> bool| -> Vec<&str> {
+            layout.segments.iter().filter(|s| pick(s)).map(|s| s.name).collect()
+        };
+        let hidden = ["attn/qkv/weight", "attn/proj/weight", "mlp/fc/weight", "mlp/proj/weight"];
+        assert_eq!(names(&Layout::block(&spec), |s| s.decay), hidden);
+        assert_eq!(names(&Layout::block(&spec), |s| s.orthogonalize), hidden);
+        assert_eq!(names(&Layout::ends(&spec), |s| s.decay), ["wte", "wpe", "head"]);
+        assert!(names(&Layout::ends(&spec), |s| s.orthogonalize).is_empty());
     }
 }

@@ -1,44 +1,19 @@
-use super::Layout;
-use crate::config::{Config, Integrator, Parametrization};
-use crate::error::Result;
+//! Forward pass and discrete adjoint.
+//!
+//! ```text
+//! x_0 = wte[tokens] + wpe,   x_{n+1} = Φ(x_n; θ_n, h),   L = Σ −log softmax(LN_f(x_N) Wᵀ)[targets]
+//!
+//! λ_N = ∂L/∂x_N,   λ_n = (∂Φ/∂x_n)ᵀ λ_{n+1},   ∂L/∂θ_n = (∂Φ/∂θ_n)ᵀ λ_{n+1}
+//! ```
+
+use super::Spec;
+use super::block::Field;
+use super::integrator::one_step;
+use super::params::Params;
+use super::tape::{self, Extent, Workspace};
+use crate::error::{Result, ensure};
+use crate::ops::{access, classifier, embedding, layer_norm};
 use candle_core::{DType, Device, Tensor};
-
-/// Shape of the net, from a config and the vocabulary.
-#[derive(Clone, Debug)]
-pub struct Spec {
-    pub vocab: usize,
-    pub width: usize,
-    pub heads: usize,
-    pub context: usize,
-    pub depth: usize,
-    pub integrator: Integrator,
-    pub parametrization: Parametrization,
-    pub tied: bool,
-    pub init_std: f64,
-    pub recompute: bool,
-}
-
-impl Spec {
-    /// `config.model.vocab` must be resolved.
-    pub fn new(_config: &Config) -> Spec {
-        todo!()
-    }
-}
-
-/// Views of the parameters (or, alike, the gradients) of one net: a list of trajectory rows and the ends.
-pub struct Params {
-    /* blocks: Vec<BlockViews>, ends: EndsViews */ pub h: f64,
-}
-
-impl Params {
-    /// Views, no copies, of `rows` of `trajectory` [_, P] and of `ends` [1, E]; `h` is the step size of a net of these rows.
-    pub fn view(_spec: &Spec, _trajectory: &Tensor, _rows: &[usize], _ends: &Tensor, _h: f64) -> Result<Params> {
-        todo!()
-    }
-    pub fn rows(&self) -> usize {
-        todo!()
-    }
-}
 
 /// Part of the gradient that is final: the backward pass will not touch it again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,35 +25,156 @@ pub enum Ready {
 
 /// Forward pass and discrete adjoint of an ODE Transformer, with the workspace of one micro-batch.
 pub struct Net {
-    _private: (),
+    spec: Spec,
+    extent: Extent,
+    dtype: DType,
+    buffers: Vec<Tensor>,
+    /// Views of the buffers for 1, 2, … sequences, made when first used.
+    workspaces: Vec<Option<Workspace>>,
 }
 
 impl Net {
-    /// Workspace for up to `max_rows` blocks and `micro_batch` sequences.
-    pub fn new(_spec: &Spec, _max_rows: usize, _micro_batch: usize, _dtype: DType, _device: &Device) -> Result<Net> {
-        todo!()
+    /// Workspace for up to `max_rows` blocks and `micro_batch` sequences. All memory is taken here.
+    pub fn new(spec: &Spec, max_rows: usize, micro_batch: usize, dtype: DType, device: &Device) -> Result<Net> {
+        ensure!(micro_batch > 0, "a micro-batch has at least one sequence");
+        let extent = Extent::new(spec, max_rows, micro_batch);
+        let buffers = tape::allocate(spec, extent, dtype, device)?;
+        let workspaces = (0..micro_batch).map(|_| None).collect();
+        Ok(Net { spec: spec.clone(), extent, dtype, buffers, workspaces })
     }
-    /// Σ over tokens of the cross-entropy, forward only. tokens and targets hold `sequences * context` entries, sequences ≤ micro_batch.
-    pub fn loss(&mut self, _params: &Params, _tokens: &[u32], _targets: &[u32]) -> Result<f64> {
-        todo!()
+
+    /// Bytes that [`Net::new`] takes for f32.
+    pub fn workspace_bytes(spec: &Spec, max_rows: usize, micro_batch: usize) -> u64 {
+        let extent = Extent::new(spec, max_rows, micro_batch);
+        tape::bytes(spec, extent, DType::F32).expect("counting takes no memory")
     }
-    /// As [`Net::loss`], and grads += scale * gradient. Calls `ready` as soon as a part of the gradient is final, and
-    /// `progress` between operations (communication may be moved on there).
+
+    /// Σ over tokens of the cross-entropy, forward only. `tokens` and `targets` hold `sequences * context` entries,
+    /// sequences ≤ `micro_batch`.
+    pub fn loss(&mut self, params: &Params, tokens: &[u32], targets: &[u32]) -> Result<f64> {
+        let pass = self.pass(params, tokens, targets)?;
+        pass.forward()?;
+        let w = pass.work;
+        classifier::loss(&w.scratch.normed, &params.ends.head, &w.targets, &w.logits)
+    }
+
+    /// As [`Net::loss`], and grads += scale · gradient. Calls `ready` as soon as a part of the gradient is final: blocks
+    /// from the last to the first, then the ends. The caller who accumulates over micro-batches heeds only the last's calls.
     pub fn loss_and_gradient(
         &mut self,
-        _params: &Params,
-        _grads: &Params,
-        _tokens: &[u32],
-        _targets: &[u32],
-        _scale: f64,
-        _ready: &mut dyn FnMut(Ready) -> Result<()>,
+        params: &Params,
+        grads: &Params,
+        tokens: &[u32],
+        targets: &[u32],
+        scale: f64,
+        ready: &mut dyn FnMut(Ready) -> Result<()>,
     ) -> Result<f64> {
-        todo!()
+        ensure!(grads.rows() == params.rows(), "{} rows but gradients of {}", params.rows(), grads.rows());
+        let pass = self.pass(params, tokens, targets)?;
+        pass.forward()?;
+        pass.adjoint(grads, scale, ready)
+    }
+
+    /// Checks the arguments and brings the batch to the device.
+    fn pass<'a>(&'a mut self, params: &'a Params, tokens: &[u32], targets: &[u32]) -> Result<Pass<'a>> {
+        let Net { spec, extent, dtype, buffers, workspaces } = self;
+        let sequences = tokens.len() / spec.context;
+        ensure!(
+            tokens.len() == sequences * spec.context && targets.len() == tokens.len(),
+            "{} tokens and {} targets are not whole sequences of {}",
+            tokens.len(),
+            targets.len(),
+            spec.context
+        );
+        ensure!(
+            (1..=extent.sequences).contains(&sequences) && params.rows() <= extent.rows,
+            "{sequences} sequences and {} blocks do not fit a workspace for {} and {}",
+            params.rows(),
+            extent.sequences,
+            extent.rows
+        );
+        let work = match &mut workspaces[sequences - 1] {
+            Some(work) => work,
+            empty => empty.insert(Workspace::view(spec, extent.first(spec, sequences), *dtype, buffers)?),
+        };
+        access::upload_u32(tokens, &work.tokens)?;
+        access::upload_u32(targets, &work.targets)?;
+        Ok(Pass { spec, params, work })
     }
 }
 
-/// The initial ends [1, E] and trajectory [depth, P], from `seed`: every segment of every row drawn from its own stream.
-pub fn initialize(_spec: &Spec, _seed: u64, _dtype: DType, _device: &Device) -> Result<(Tensor, Tensor)> {
-    let _ = Layout::block;
-    todo!()
+/// One forward pass, and the way back.
+struct Pass<'a> {
+    spec: &'a Spec,
+    params: &'a Params,
+    work: &'a Workspace,
+}
+
+impl Pass<'_> {
+    fn field(&self, n: usize) -> Field<'_> {
+        Field {
+            theta: &self.params.blocks[n],
+            context: self.spec.context,
+            heads: self.spec.heads,
+            scratch: &self.work.scratch,
+        }
+    }
+
+    /// x_{n+1} = Φ(x_n; θ_n, h)
+    fn step(&self, n: usize) -> Result<()> {
+        let w = self.work;
+        let method = one_step(self.spec.integrator);
+        method.forward(&self.field(n), self.params.h, &w.evaluations[n], &w.states[n + 1])
+    }
+
+    /// normed = LN_f(x_N)
+    fn forward(&self) -> Result<()> {
+        let (w, ends) = (self.work, &self.params.ends);
+        embedding::forward(&w.tokens, &ends.wte, &ends.wpe, &w.states[0])?;
+        for n in 0..self.params.rows() {
+            self.step(n)?;
+        }
+        layer_norm::forward(self.last_state(), &ends.ln_f, &w.scratch.normed, &w.stats_f)
+    }
+
+    /// The loss, and grads += scale · gradient; `forward` has just run.
+    fn adjoint(&self, grads: &Params, scale: f64, ready: &mut dyn FnMut(Ready) -> Result<()>) -> Result<f64> {
+        let (w, rows) = (self.work, self.params.rows());
+        let loss = self.head_adjoint(grads, scale)?;
+        let method = one_step(self.spec.integrator);
+        for n in (0..rows).rev() {
+            // The shared activations still hold the last block's.
+            if self.spec.recompute && n + 1 < rows {
+                self.step(n)?;
+            }
+            method.adjoint(&self.field(n), &grads.blocks[n], self.params.h, &w.evaluations[n], &w.lambda)?;
+            ready(Ready::Block(n))?;
+        }
+        embedding::backward(&w.tokens, &w.lambda, &grads.ends.wte, &grads.ends.wpe)?; // +=
+        ready(Ready::Ends)?;
+        Ok(loss)
+    }
+
+    /// The loss, and λ = scale · ∂L/∂x_N, the gradients of head and final layer norm +=. A tied head adds to that of wte.
+    fn head_adjoint(&self, grads: &Params, scale: f64) -> Result<f64> {
+        let (w, ends) = (self.work, &self.params.ends);
+        let (normed, dnormed) = (&w.scratch.normed, &w.scratch.dnormed);
+        let loss = classifier::loss_and_gradient(
+            normed,
+            &ends.head,
+            &w.targets,
+            scale,
+            &w.logits,
+            dnormed,          // =
+            &grads.ends.head, // +=
+        )?;
+        access::fill(&w.lambda, 0.0)?;
+        layer_norm::backward(dnormed, self.last_state(), &ends.ln_f, &w.stats_f, &w.lambda, &grads.ends.ln_f)?; // +=
+        Ok(loss)
+    }
+
+    /// x_N
+    fn last_state(&self) -> &Tensor {
+        &self.work.states[self.params.rows()]
+    }
 }

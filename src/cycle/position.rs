@@ -1,0 +1,89 @@
+use super::{Coset, Op};
+use crate::config::Config;
+use crate::error::{Result, ensure};
+use serde::{Deserialize, Serialize};
+
+/// How far a list of ops has been carried out. Starts at the default, and is at the end when [`Position::op`] is `None`.
+///
+/// ```
+/// use vcycle::cycle::{Coset, Op, Position};
+/// let ops = [Op::Smooth { level: 0, coset: Coset::Index(0), steps: 2 }];
+/// let (mut position, mut steps) = (Position::default(), 0);
+/// while let Some(op) = position.op(&ops) {
+///     if let Op::Smooth { .. } = op {
+///         steps += 1; // one optimizer step
+///     } // else switch levels
+///     position.advance(&ops);
+/// }
+/// assert_eq!(steps, 2);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Position {
+    /// Index of the op to go on with.
+    pub op: usize,
+    /// Steps of it that are done.
+    pub step_in_op: u64,
+}
+
+impl Position {
+    /// The op to do next (a smooth: one step of it); `None` at the end.
+    pub fn op(self, ops: &[Op]) -> Option<Op> {
+        ops.get(self.op).copied()
+    }
+
+    /// Counts one step of a smooth, or a whole switch, as done.
+    pub fn advance(&mut self, ops: &[Op]) {
+        match ops.get(self.op) {
+            Some(Op::Smooth { steps, .. }) if self.step_in_op + 1 < *steps => self.step_in_op += 1,
+            _ => *self = Position { op: self.op + 1, step_in_op: 0 },
+        }
+    }
+
+    /// Optimizer steps done before this position.
+    pub fn steps_done(self, ops: &[Op]) -> u64 {
+        ops.iter().take(self.op).map(steps_of).sum::<u64>() + self.step_in_op
+    }
+
+    /// The level the run is on at this position.
+    pub fn level(self, ops: &[Op]) -> usize {
+        let switches = ops.iter().take(self.op).filter_map(|op| match op {
+            Op::Descend { to } | Op::Ascend { to } => Some(*to),
+            Op::Smooth { .. } => None,
+        });
+        switches.last().unwrap_or(0)
+    }
+}
+
+fn steps_of(op: &Op) -> u64 {
+    match op {
+        Op::Smooth { steps, .. } => *steps,
+        _ => 0,
+    }
+}
+
+/// Refuses a list of ops that `config` cannot carry out: one that does not start and end on level 0, switches between
+/// levels that are not adjacent, names a level or coset that does not exist, or does not have `run.steps` steps.
+pub fn check(ops: &[Op], config: &Config) -> Result<()> {
+    let mut current = 0;
+    for (i, &op) in ops.iter().enumerate() {
+        let fits = match op {
+            Op::Smooth { level, coset, steps } => {
+                let coset_exists = match coset {
+                    Coset::Index(k) => k < config.levels.factor.pow(level as u32),
+                    Coset::Random => level > 0,
+                };
+                level == current && coset_exists && steps > 0
+            }
+            Op::Descend { to } => to == current + 1 && to < config.levels.count,
+            Op::Ascend { to } => to + 1 == current,
+        };
+        ensure!(fits, "op {i} of the cycle, {op:?}, is not possible on level {current} of {}", config.levels.count);
+        if let Op::Descend { to } | Op::Ascend { to } = op {
+            current = to;
+        }
+    }
+    let steps: u64 = ops.iter().map(steps_of).sum();
+    ensure!(current == 0, "the cycle ends on level {current}: expected level 0");
+    ensure!(steps == config.run.steps, "the cycle has {steps} steps: expected run.steps = {}", config.run.steps);
+    Ok(())
+}

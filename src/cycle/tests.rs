@@ -1,0 +1,211 @@
+use super::*;
+use crate::config;
+use proptest::prelude::*;
+
+/// Valid configs of every kind of cycle.
+fn configs() -> impl Strategy<Value = Config> {
+    let shape = (1..=4usize, 2..=3usize, 1..3000u64);
+    let steps = (0..40u64, 0..40u64, 1..60u64, 0.0..1.0f64);
+    let coset = (any::<bool>(), prop::sample::select(CosetPolicy::ALL));
+    let shares = prop::collection::vec(prop_oneof![Just(0u32), 1..100u32], 4);
+    let kind = prop::sample::select(CycleKind::ALL);
+    (kind, shape, steps, coset, shares, any::<u64>()).prop_filter_map("not a valid config", |drawn| {
+        let (kind, (count, factor, steps), (pre, post, coarse, finish), (injection, coset), shares, cut) = drawn;
+        let count = match kind {
+            CycleKind::Flat => 1,
+            CycleKind::Paper => 2,
+            _ => count,
+        };
+        let shared = injection || kind == CycleKind::Paper;
+        let (transfer, state, coset) =
+            if shared { ("injection", "keep", coset) } else { ("copy", "scale", CosetPolicy::First) };
+        let sum: u32 = shares[..count].iter().sum();
+        let fractions: Vec<f64> = shares[..count].iter().map(|&s| s as f64 / sum.max(1) as f64).collect();
+        let fractions = if sum == 0 { String::new() } else { format!("fractions = {fractions:?}") };
+        let first = cut % (steps + 1);
+        let text = format!(
+            "[run]\nsteps = {steps}\n[data]\ndir = 'x'\n[model]\ndepth = {}\n\
+             [levels]\ncount = {count}\nfactor = {factor}\ntransfer = '{transfer}'\nstate = '{state}'\ncoset = '{coset}'\n\
+             [cycle]\nkind = '{kind}'\npre = {pre}\npost = {post}\ncoarse = {coarse}\nfinish = {finish}\n{fractions}\n\
+             phases = [{{ level = {}, steps = {first} }}, {{ level = 0, steps = {} }}]",
+            factor.pow(3),
+            count - 1,
+            steps - first,
+        );
+        config::parse(&text, &[]).ok()
+    })
+}
+
+fn config(text: &str) -> Config {
+    config::parse(&format!("[data]\ndir = 'x'\n[model]\ndepth = 8\n{text}"), &[]).unwrap()
+}
+
+/// A plan in short: `v1` descends to level 1, `^0` ascends to level 0, `1:20` is 20 steps on level 1, `1.k:5` on its coset k.
+fn short(ops: &[Op]) -> String {
+    let word = |op: &Op| match *op {
+        Op::Descend { to } => format!("v{to}"),
+        Op::Ascend { to } => format!("^{to}"),
+        Op::Smooth { level, coset: Coset::Index(0), steps } => format!("{level}:{steps}"),
+        Op::Smooth { level, coset: Coset::Index(k), steps } => format!("{level}.{k}:{steps}"),
+        Op::Smooth { level, coset: Coset::Random, steps } => format!("{level}.?:{steps}"),
+    };
+    ops.iter().map(word).collect::<Vec<_>>().join(" ")
+}
+
+fn plan_of(text: &str) -> String {
+    short(&plan(&config(text)))
+}
+
+proptest! {
+    #[test]
+    fn every_plan_is_valid_and_deterministic(config in configs()) {
+        let ops = plan(&config);
+        prop_assert!(check(&ops, &config).is_ok(), "{} {:?}", short(&ops), check(&ops, &config));
+        prop_assert_eq!(&ops, &plan(&config));
+        prop_assert_eq!(localize(&ops, config.parallel.placement, 0, 1), ops);
+    }
+
+    #[test]
+    fn positions_visit_every_step_once(config in configs()) {
+        let ops = plan(&config);
+        let (mut position, mut steps, mut level) = (Position::default(), 0, 0);
+        while let Some(op) = position.op(&ops) {
+            prop_assert_eq!(position.steps_done(&ops), steps);
+            prop_assert_eq!(position.level(&ops), level);
+            match op {
+                Op::Smooth { .. } => steps += 1,
+                Op::Descend { to } | Op::Ascend { to } => level = to,
+            }
+            position.advance(&ops);
+        }
+        prop_assert_eq!((steps, level), (config.run.steps, 0));
+    }
+
+    #[test]
+    fn shortening_keeps_plans_valid(config in configs(), stop in 0..3000u64) {
+        let mut ops = plan(&config);
+        let mut position = Position::default();
+        while position.steps_done(&ops) < stop && position.op(&ops).is_some() {
+            position.advance(&ops);
+        }
+        let (before, level) = (position, position.level(&ops));
+        let finer = |op: &Op| matches!(op, Op::Smooth { level: l, .. } if *l < level);
+        let can = position.step_in_op > 0 && ops[position.op..].iter().any(finer);
+        shorten(&mut ops, &mut position);
+        prop_assert!(check(&ops, &config).is_ok());
+        prop_assert_eq!(position.steps_done(&ops), before.steps_done(&ops));
+        let expected = if can { Position { op: before.op + 1, step_in_op: 0 } } else { before };
+        prop_assert_eq!(position, expected);
+    }
+}
+
+#[test]
+fn names_are_the_config_words() {
+    for &kind in CycleKind::ALL {
+        assert_eq!(cycle(kind).name(), kind.name());
+    }
+}
+
+#[test]
+fn the_plans_of_every_cycle() {
+    let steps = "[run]\nsteps = 100\n[levels]\ncount = 3\n[cycle]\nfinish = 0.1\npre = 5\npost = 5\ncoarse = 10\n";
+    for (text, expected) in [
+        ("[run]\nsteps = 7", "0:7"),
+        (
+            "[run]\nsteps = 41\n[levels]\ncount = 2\ntransfer = 'injection'\n[cycle]\nkind = 'paper'",
+            "v1 1:11 1.1:10 ^0 0:20",
+        ),
+        (
+            "[run]\nsteps = 10\n[levels]\ncount = 3\n[cycle]\nkind = 'cascade'\nfractions = [0.5, 0.3, 0.2]",
+            "v1 v2 2:5 ^1 1:3 ^0 0:2",
+        ),
+        (
+            "[run]\nsteps = 10\n[levels]\ncount = 3\n[cycle]\nkind = 'cascade'\nfractions = [0.5, 0.0, 0.5]",
+            "v1 v2 2:5 ^1 ^0 0:5",
+        ),
+        (
+            &format!("{steps}kind = 'v'"),
+            "0:5 v1 1:5 v2 2:10 ^1 1:5 ^0 0:10 v1 1:5 v2 2:10 ^1 1:5 ^0 0:10 v1 1:5 v2 2:10 ^1 1:5 ^0 0:15",
+        ),
+        (&format!("{steps}kind = 'w'"), "0:9 v1 1:9 v2 2:18 ^1 1:18 v2 2:18 ^1 1:9 ^0 0:19"),
+        (&format!("{steps}kind = 'f'"), "v1 v2 2:15 ^1 1:8 v2 2:15 ^1 1:7 ^0 0:8 v1 1:7 v2 2:15 ^1 1:8 ^0 0:17"),
+        (
+            "[run]\nsteps = 10\n[levels]\ncount = 3\n[cycle]\nkind = 'phases'\nphases = [{level=2,steps=3},{level=1,steps=0},{level=0,steps=7}]",
+            "v1 v2 2:3 ^1 ^0 0:7",
+        ),
+        (
+            "[run]\nsteps = 10\n[levels]\ncount = 2\ntransfer = 'injection'\ncoset = 'random'\n[cycle]\nkind = 'cascade'",
+            "v1 1.?:5 ^0 0:5",
+        ),
+    ] {
+        assert_eq!(plan_of(text), expected, "{text}");
+    }
+}
+
+#[test]
+fn a_cycle_that_does_not_fit_is_refused() {
+    for kind in ["v", "w", "f"] {
+        let text = format!(
+            "[data]\ndir = 'x'\n[model]\ndepth = 8\n[levels]\ncount = 4\n[run]\nsteps = 50\n[cycle]\nkind = '{kind}'"
+        );
+        let error = format!("{:#}", config::parse(&text, &[]).unwrap_err());
+        assert!(error.contains("cycle takes"), "{error}");
+    }
+}
+
+#[test]
+fn coherence_is_refused_where_several_cosets_are_trained() {
+    let head = "[data]\ndir = 'x'\n[levels]\ncoherence = true\ncount = 2\n";
+    for tail in [
+        "transfer = 'injection'\ncoset = 'alternate'\n[cycle]\nkind = 'cascade'",
+        "transfer = 'injection'\n[cycle]\nkind = 'paper'",
+    ] {
+        let error = format!("{:#}", config::parse(&format!("{head}{tail}"), &[]).unwrap_err());
+        assert!(error.contains("levels.coherence"), "{error}");
+    }
+    config::parse(&format!("{head}transfer = 'injection'\n[cycle]\nkind = 'cascade'"), &[]).unwrap();
+}
+
+#[test]
+fn a_shortened_smooth_gives_its_steps_to_finer_levels_in_proportion() {
+    let text = "[run]\nsteps = 100\n[levels]\ncount = 3\n[cycle]\nkind = 'adaptive'\nfractions = [0.4, 0.2, 0.4]";
+    let mut ops = plan(&config(text));
+    assert_eq!(short(&ops), "v1 v2 2:40 ^1 1:20 ^0 0:40");
+    let mut position = Position { op: 2, step_in_op: 10 };
+    shorten(&mut ops, &mut position);
+    assert_eq!(short(&ops), "v1 v2 2:10 ^1 1:30 ^0 0:60");
+    assert_eq!(position, Position { op: 3, step_in_op: 0 });
+}
+
+#[test]
+fn adaptive_leaves_a_level_that_no_longer_pays() {
+    let config = config("[levels]\ncount = 2\n[cycle]\nkind = 'adaptive'\nthreshold = 0.3");
+    let leave = |decreases: &[f64]| {
+        let windows: Vec<_> = decreases.iter().map(|&decrease| Window { decrease, flops: 2.0 }).collect();
+        cycle(CycleKind::Adaptive).leave(&config, &windows)
+    };
+    assert!(!leave(&[]) && !leave(&[-1.0]), "nothing to compare with");
+    assert!(!leave(&[1.0, 0.8, 0.5]));
+    assert!(leave(&[1.0, 0.8, 0.1]));
+    assert!(leave(&[-0.5, -0.1]), "the loss grows");
+    assert!(!leave(&[1.0, f64::NAN]) && !leave(&[f64::NAN, 1.0]));
+    assert!(!cycle(CycleKind::Cascade).leave(&config, &[Window { decrease: 0.0, flops: 1.0 }; 3]));
+}
+
+#[test]
+fn lists_that_cannot_be_carried_out_are_refused() {
+    let config = config("[run]\nsteps = 4\n[levels]\ncount = 2\n[cycle]\nkind = 'cascade'");
+    let smooth = |level, steps| Op::Smooth { level, coset: Coset::Index(0), steps };
+    for (ops, why) in [
+        (vec![smooth(0, 3)], "run.steps"),
+        (vec![smooth(1, 4)], "op 0"),
+        (vec![Op::Descend { to: 2 }], "op 0"),
+        (vec![Op::Descend { to: 1 }, Op::Ascend { to: 1 }], "op 1"),
+        (vec![Op::Descend { to: 1 }, smooth(1, 4)], "ends on level 1"),
+        (vec![smooth(0, 0), smooth(0, 4)], "op 0"),
+        (vec![Op::Smooth { level: 0, coset: Coset::Index(1), steps: 4 }], "op 0"),
+    ] {
+        let error = check(&ops, &config).unwrap_err().to_string();
+        assert!(error.contains(why), "{ops:?}: {error}");
+    }
+}

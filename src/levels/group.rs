@@ -1,0 +1,55 @@
+use super::transfer::Matrix;
+use crate::error::Result;
+use crate::model::Layout;
+use candle_core::Tensor;
+
+/// Parameters with all that training keeps for them: R rows of P elements.
+pub struct Group {
+    /// Where each parameter lies in a row.
+    pub layout: Layout,
+    /// θ [R, P].
+    pub theta: Tensor,
+    /// ∂L/∂θ [R, P].
+    pub grad: Tensor,
+    /// Optimizer moments, each [R, P].
+    pub moments: Vec<Tensor>,
+    /// Optimizer updates that each row's moments have seen (Adam's bias correction); moves with the rows.
+    pub updates: Vec<u64>,
+}
+
+impl Group {
+    /// `moments` moments of zeros for `theta` [R, P], which stays the storage of the parameters.
+    pub fn new(layout: Layout, theta: Tensor, grad: Tensor, moments: usize) -> Result<Group> {
+        let moments = (0..moments).map(|_| theta.zeros_like()).collect::<candle_core::Result<_>>()?;
+        let updates = vec![0; theta.dim(0)?];
+        Ok(Group { layout, theta, grad, moments, updates })
+    }
+
+    /// m = 0 for every moment and row (=), as if no update had been made.
+    pub(super) fn reset_moments(&mut self) -> Result<()> {
+        self.updates.fill(0);
+        Ok(self.moments.iter().try_for_each(Tensor::zero_set)?)
+    }
+
+    /// m_i = factors_i m_i for every moment (=).
+    pub(super) fn scale_moments(&self, factors: &[f64]) -> Result<()> {
+        for (moment, &factor) in self.moments.iter().zip(factors) {
+            for row in 0..self.updates.len() {
+                moment.slice_set(&moment.narrow(0, row, 1)?.affine(factor, 0.0)?, 0, row)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// m_i = factors_i M m_i(from) for every moment (=); a row takes the update count of the rows it is made of.
+    pub(super) fn take_moments(&mut self, matrix: &Matrix, from: &Group, factors: &[f64]) -> Result<()> {
+        for ((to, from), &factor) in self.moments.iter().zip(&from.moments).zip(factors) {
+            matrix.multiply(factor, from, 0.0, to)?;
+        }
+        for (row, count) in self.updates.iter_mut().enumerate() {
+            // All rows of a level that owns its trajectory are updated together, so these counts agree.
+            *count = matrix.columns_of(row).map(|j| from.updates[j]).max().unwrap_or(*count);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,135 @@
+//! What a checkpoint keeps of a hierarchy: small values ([`Snapshot`]) and named tensors ([`Hierarchy::tensors`]).
+
+use super::coherence::Coherence;
+use super::{Group, Hierarchy};
+use crate::error::{Result, ensure};
+use crate::model::Layout;
+use candle_core::Tensor;
+use serde::{Deserialize, Serialize};
+
+/// The state of a hierarchy besides tensors.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// The level that the run is on.
+    level: usize,
+    /// Updates of each row of each group, finest first.
+    updates: Vec<Vec<u64>>,
+    ends_updates: u64,
+    /// Levels that hold θ_H⁰.
+    entries: Vec<usize>,
+    /// Levels that hold a coherence term.
+    coherence: Vec<usize>,
+}
+
+/// A tensor of a checkpoint.
+pub struct Named<'a> {
+    /// `blocks`, `optimizer/m/ends`, `levels/1/coherence/blocks`, ...
+    pub name: String,
+    /// Part of the fine net, all that an evaluation needs.
+    pub fine_net: bool,
+    pub layout: &'a Layout,
+    /// [R, P]; a reader writes into it in place.
+    pub tensor: &'a Tensor,
+}
+
+impl Hierarchy {
+    pub fn snapshot(&self) -> Snapshot {
+        let holding = |holds: fn(&super::hierarchy::Level) -> bool| {
+            (0..self.levels.len()).filter(|&level| holds(&self.levels[level])).collect()
+        };
+        Snapshot {
+            level: self.current,
+            updates: self.groups.iter().map(|group| group.updates.clone()).collect(),
+            ends_updates: self.ends.updates[0],
+            entries: holding(|level| level.entry.is_some()),
+            coherence: holding(|level| level.coherence.is_some()),
+        }
+    }
+
+    /// Takes over a snapshot; then [`Hierarchy::tensors`] names the tensors that belong to it, ready to be read into.
+    /// What exists already is kept, so that restoring one's own snapshot changes nothing.
+    pub fn restore(&mut self, snapshot: &Snapshot) -> Result<()> {
+        let shape = |updates: &[Vec<u64>]| updates.iter().map(Vec::len).collect::<Vec<_>>();
+        let (own, saved) = (shape(&self.snapshot().updates), shape(&snapshot.updates));
+        ensure!(
+            own == saved && snapshot.level < self.levels.len(),
+            "the checkpoint has rows {saved:?} and is on level {}; the config gives {} levels with rows {own:?}: \
+             resume with the model and levels that the checkpoint was written with",
+            snapshot.level,
+            self.levels.len()
+        );
+        self.current = snapshot.level;
+        self.ends.updates[0] = snapshot.ends_updates;
+        for (group, updates) in self.groups.iter_mut().zip(&snapshot.updates) {
+            group.updates.clone_from(updates);
+        }
+        for level in 0..self.levels.len() {
+            let rows = self.group(level).theta.narrow(0, 0, self.rows(level))?;
+            let (entry, coherence) = (snapshot.entries.contains(&level), snapshot.coherence.contains(&level));
+            let Hierarchy { levels, ends, .. } = self;
+            keep_or_make(&mut levels[level].entry, entry, || Ok(rows.zeros_like()?))?;
+            keep_or_make(&mut levels[level].coherence, coherence, || {
+                Ok(Coherence { blocks: rows.zeros_like()?, ends: ends.theta.zeros_like()? })
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Every tensor that a resumed run needs, each once, in a fixed order.
+    ///
+    /// The fine net under `blocks` is the one that is validated: on a coarse level with rows of its own that is
+    /// [`Hierarchy::fine`], and level 0 as it was left is `levels/0/blocks`.
+    pub fn tensors(&self) -> Result<Vec<Named<'_>>> {
+        self.fine()?;
+        let mut list = List(Vec::new());
+        let fine = &self.groups[0];
+        match &self.scratch {
+            Some((theta, _)) if self.current > 0 => {
+                list.push("blocks".into(), true, &fine.layout, theta);
+                list.push("levels/0/blocks".into(), false, &fine.layout, &fine.theta);
+            }
+            _ => list.push("blocks".into(), true, &fine.layout, &fine.theta),
+        }
+        list.push("ends".into(), true, &self.ends.layout, &self.ends.theta);
+        list.moments(&self.moments, "", "blocks", fine);
+        list.moments(&self.moments, "", "ends", &self.ends);
+        for (level, group) in self.groups.iter().enumerate().skip(1) {
+            list.push(format!("levels/{level}/blocks"), false, &group.layout, &group.theta);
+            list.moments(&self.moments, &format!("levels/{level}/"), "blocks", group);
+        }
+        for (level, terms) in self.levels.iter().enumerate() {
+            if let Some(entry) = &terms.entry {
+                list.push(format!("levels/{level}/entry/blocks"), false, &fine.layout, entry);
+            }
+            if let Some(v) = &terms.coherence {
+                list.push(format!("levels/{level}/coherence/blocks"), false, &fine.layout, &v.blocks);
+                list.push(format!("levels/{level}/coherence/ends"), false, &self.ends.layout, &v.ends);
+            }
+        }
+        Ok(list.0)
+    }
+}
+
+struct List<'a>(Vec<Named<'a>>);
+
+impl<'a> List<'a> {
+    fn push(&mut self, name: String, fine_net: bool, layout: &'a Layout, tensor: &'a Tensor) {
+        self.0.push(Named { name, fine_net, layout, tensor });
+    }
+
+    fn moments(&mut self, moments: &[(&str, i32)], prefix: &str, kind: &str, group: &'a Group) {
+        for ((name, _), tensor) in moments.iter().zip(&group.moments) {
+            self.push(format!("{prefix}optimizer/{name}/{kind}"), false, &group.layout, tensor);
+        }
+    }
+}
+
+/// Makes `piece` exist or not, keeping what is there.
+fn keep_or_make<T>(piece: &mut Option<T>, exists: bool, make: impl FnOnce() -> Result<T>) -> Result<()> {
+    if !exists {
+        *piece = None;
+    } else if piece.is_none() {
+        *piece = Some(make()?);
+    }
+    Ok(())
+}

@@ -1,0 +1,129 @@
+//! Views of the parameters, or of the gradients, of one net.
+
+use super::{Layout, Spec};
+use crate::error::{Context, Result, ensure};
+use candle_core::Tensor;
+
+/// One block's parameters θ_n, views into a row of the trajectory. Linear weights are [outputs, inputs].
+#[derive(Clone, Debug)]
+pub(super) struct BlockParams {
+    /// [2, d]: weight, bias
+    pub ln1: Tensor,
+    pub qkv: Linear,
+    pub attn_proj: Linear,
+    /// [2, d]
+    pub ln2: Tensor,
+    pub fc: Linear,
+    pub mlp_proj: Linear,
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct Linear {
+    pub weight: Tensor,
+    pub bias: Tensor,
+}
+
+/// The parameters outside the blocks, views into the ends.
+#[derive(Clone, Debug)]
+pub(super) struct EndsParams {
+    /// Token embedding [V, d]
+    pub wte: Tensor,
+    /// Position embedding [T, d]
+    pub wpe: Tensor,
+    /// [2, d]
+    pub ln_f: Tensor,
+    /// [V, d]; `wte` itself if tied
+    pub head: Tensor,
+}
+
+/// Views of the parameters (or, alike, the gradients) of one net: a list of trajectory rows and the ends.
+#[derive(Clone, Debug)]
+pub struct Params {
+    pub(super) blocks: Vec<BlockParams>,
+    pub(super) ends: EndsParams,
+    /// Step size of a net of these rows.
+    pub h: f64,
+}
+
+impl Params {
+    /// Views, no copies, of `rows` of `trajectory` [_, P] and of `ends` [1, E]; `h` is the step size of a net of these
+    /// rows.
+    pub fn view(spec: &Spec, trajectory: &Tensor, rows: &[usize], ends: &Tensor, h: f64) -> Result<Params> {
+        let layout = Layout::block(spec);
+        let blocks = rows.iter().map(|&row| block(&layout, trajectory, row)).collect::<Result<_>>()?;
+        let mut ends = segments(&Layout::ends(spec), ends, 0).context("the ends")?.into_iter();
+        let mut next = || ends.next().expect("segments of Layout::ends");
+        let (wte, wpe, ln_f) = (next(), next(), next());
+        let head = if spec.tied { wte.clone() } else { next() };
+        Ok(Params { blocks, ends: EndsParams { wte, wpe, ln_f, head }, h })
+    }
+
+    /// Number of blocks.
+    pub fn rows(&self) -> usize {
+        self.blocks.len()
+    }
+}
+
+fn block(layout: &Layout, trajectory: &Tensor, row: usize) -> Result<BlockParams> {
+    let mut views =
+        segments(layout, trajectory, row).with_context(|| format!("row {row} of the trajectory"))?.into_iter();
+    let mut next = || views.next().expect("segments of Layout::block");
+    let ln1 = next();
+    let qkv = Linear { weight: next(), bias: next() };
+    let attn_proj = Linear { weight: next(), bias: next() };
+    let ln2 = next();
+    let fc = Linear { weight: next(), bias: next() };
+    let mlp_proj = Linear { weight: next(), bias: next() };
+    Ok(BlockParams { ln1, qkv, attn_proj, ln2, fc, mlp_proj })
+}
+
+/// A view of every segment of one row of `tensor` [rows, layout.len()].
+fn segments(layout: &Layout, tensor: &Tensor, row: usize) -> Result<Vec<Tensor>> {
+    let (rows, len) = tensor.dims2()?;
+    ensure!(
+        len == layout.len() && row < rows && tensor.is_contiguous(),
+        "expected a contiguous tensor [> {row}, {}], got {:?}",
+        layout.len(),
+        tensor.layout(),
+    );
+    let flat = tensor.get(row)?;
+    let view = |s: &super::Segment| Ok(flat.narrow(0, s.offset, s.len())?.reshape(s.shape.as_slice())?);
+    layout.segments.iter().map(view).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::access;
+    use candle_core::{DType, Device};
+
+    #[test]
+    fn a_view_shares_the_storage_of_its_row() {
+        let spec = Spec::small();
+        let layout = Layout::block(&spec);
+        let trajectory = Tensor::zeros((4, layout.len()), DType::F32, &Device::Cpu).unwrap();
+        let ends = Tensor::zeros((1, Layout::ends(&spec).len()), DType::F32, &Device::Cpu).unwrap();
+        let params = Params::view(&spec, &trajectory, &[1, 3], &ends, 2.0).unwrap();
+        assert_eq!(params.rows(), 2);
+
+        access::fill(&params.blocks[1].fc.weight, 1.0).unwrap();
+        let fc = layout.segments.iter().find(|s| s.name == "mlp/fc/weight").unwrap();
+        for row in 0..4 {
+            let values = trajectory.get(row).unwrap().to_vec1::<f32>().unwrap();
+            for (i, value) in values.iter().enumerate() {
+                let inside = row == 3 && (fc.offset..fc.offset + fc.len()).contains(&i);
+                assert_eq!(*value, if inside { 1.0 } else { 0.0 }, "row {row}, element {i}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_wrong_shape_is_an_error() {
+        let spec = Spec::small();
+        let trajectory = Tensor::zeros((2, Layout::block(&spec).len()), DType::F32, &Device::Cpu).unwrap();
+        let ends = Tensor::zeros((1, Layout::ends(&spec).len()), DType::F32, &Device::Cpu).unwrap();
+        assert!(Params::view(&spec, &trajectory, &[2], &ends, 1.0).is_err());
+        assert!(Params::view(&spec, &ends, &[0], &ends, 1.0).is_err());
+        assert!(Params::view(&Spec { tied: false, ..spec }, &trajectory, &[0], &ends, 1.0).is_err());
+    }
+}
