@@ -1,0 +1,260 @@
+//! `vcycle plan`
+
+use super::ConfigArgs;
+use super::text::{bytes, count, percent, table, tera};
+use crate::config::{Config, CycleKind};
+use crate::cycle::{self, Coset, Phase};
+use crate::error::{Context, Outcome, Result, ensure};
+use crate::levels::{Memory, memory};
+use crate::model::{Flops, Layout, Net, Spec, step_flops};
+use crate::{optim, run};
+use serde::Serialize;
+use std::io::Write;
+
+/// Levels, parameters, memory and FLOPs of a config, and what its cycle saves over a flat run of as many steps.
+///
+/// Trains nothing. FLOPs are model FLOPs (forward and backward, no recompute), as `vcycle train` logs them: `total` with the
+/// head, `blocks` without. Without data at data.dir, give model.vocab.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Ranks that share the global batch.
+    #[arg(long, default_value_t = 1)]
+    ranks: usize,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub fn run(args: Args) -> Result<Outcome> {
+    let mut config = args.config.load()?;
+    let batch = config.data.batch;
+    ensure!(
+        (1..=batch).contains(&args.ranks),
+        "--ranks {}: expected 1 to data.batch = {batch}, a sequence for each rank",
+        args.ranks
+    );
+    let has_size = config.data.dir.exists() || config.model.vocab.is_some();
+    let resolved = run::resolve_vocab(&mut config);
+    if has_size {
+        resolved?;
+    } else {
+        resolved.context("a plan needs data.dir to exist, or model.vocab to be given")?;
+    }
+    let plan = Plan::new(&config, args.ranks);
+    let text = if args.json { serde_json::to_string_pretty(&plan)? + "\n" } else { plan.text() };
+    std::io::stdout().write_all(text.as_bytes())?;
+    Ok(Outcome::Done)
+}
+
+/// What is printed; field names are those of `--json`.
+#[derive(Serialize)]
+struct Plan {
+    cycle: &'static str,
+    steps: u64,
+    tokens_per_step: u64,
+    ranks: usize,
+    flops_total: u128,
+    flops_blocks: u128,
+    /// A run of as many steps on the fine level alone.
+    flat: Work,
+    /// 1 - work / flat work.
+    saving: Saving,
+    /// The cycle may leave a level earlier than planned: figures are those of the longest stay on each.
+    longest_stay: bool,
+    levels: Vec<LevelRow>,
+    phases: Vec<PhaseRow>,
+    memory: RankMemory,
+}
+
+#[derive(Serialize)]
+struct Work {
+    flops_total: u128,
+    flops_blocks: u128,
+}
+
+#[derive(Serialize)]
+struct Saving {
+    total: f64,
+    blocks: f64,
+}
+
+#[derive(Serialize)]
+struct LevelRow {
+    level: usize,
+    rows: usize,
+    h: f64,
+    /// Parameters of a net on this level, ends included.
+    parameters: u64,
+    #[serde(flatten)]
+    step: Work,
+}
+
+#[derive(Clone, Serialize)]
+struct PhaseRow {
+    level: usize,
+    rows: usize,
+    coset: Coset,
+    steps: u64,
+    flops_total: u128,
+    flops_blocks: u128,
+}
+
+/// Bytes a rank.
+#[derive(Serialize)]
+struct RankMemory {
+    #[serde(flatten)]
+    levels: Memory,
+    /// Activations and scratch of one micro-batch.
+    workspace: u64,
+    micro_batch: usize,
+    total: u64,
+}
+
+impl From<Flops> for Work {
+    fn from(Flops { blocks, total }: Flops) -> Work {
+        Work { flops_total: total, flops_blocks: blocks }
+    }
+}
+
+impl Plan {
+    /// `config` with its vocabulary resolved.
+    fn new(config: &Config, ranks: usize) -> Plan {
+        let spec = Spec::new(config);
+        let tokens_per_step = cycle::tokens_per_step(config);
+        let phases = cycle::plan_flops(config, &spec, &cycle::plan(config));
+        let work = cycle::total(&phases);
+        let flat = step_flops(&spec, config.rows(0), tokens_per_step) * config.run.steps;
+        let saved = |work: u128, flat: u128| 1.0 - work as f64 / flat as f64;
+        Plan {
+            cycle: config.cycle.kind.name(),
+            steps: config.run.steps,
+            tokens_per_step,
+            ranks,
+            flops_total: work.total,
+            flops_blocks: work.blocks,
+            saving: Saving { total: saved(work.total, flat.total), blocks: saved(work.blocks, flat.blocks) },
+            flat: flat.into(),
+            longest_stay: config.cycle.kind == CycleKind::Adaptive,
+            levels: (0..config.levels.count).map(|level| LevelRow::new(config, &spec, level)).collect(),
+            phases: phases.iter().map(|phase| PhaseRow::new(config, phase)).collect(),
+            memory: RankMemory::new(config, &spec, ranks),
+        }
+    }
+
+    fn text(&self) -> String {
+        let Plan { cycle, steps, tokens_per_step, ranks, memory, .. } = self;
+        let micro_batch = memory.micro_batch;
+        let longest_stay = if self.longest_stay {
+            "\nThe cycle may leave a coarse level earlier; the figures are those of the longest stay on each.\n"
+        } else {
+            ""
+        };
+        format!(
+            "{cycle}: {steps} steps of {tokens_per_step} tokens\n\n{}\n{}{longest_stay}\n\
+             memory of each of {ranks} rank(s), {micro_batch} sequence(s) at a time\n{}",
+            self.levels_table(),
+            self.phases_table(),
+            memory.table(),
+        )
+    }
+
+    fn levels_table(&self) -> String {
+        let row = |level: &LevelRow| {
+            let LevelRow { level, rows, h, parameters, step } = level;
+            let work = [tera(step.flops_total), tera(step.flops_blocks)];
+            let [total, blocks] = work;
+            [level.to_string(), rows.to_string(), format!("{h}"), count(*parameters), total, blocks]
+        };
+        let head = ["level", "blocks", "h", "parameters", "TFLOP a step", "without head"].map(str::to_owned);
+        table(&std::iter::once(head).chain(self.levels.iter().map(row)).collect::<Vec<_>>())
+    }
+
+    /// The phases in order; where they are many, the sum of each kind.
+    fn phases_table(&self) -> String {
+        const MANY: usize = 16;
+        let mut lines = vec![["phase", "blocks", "steps", "TFLOP", "without head"].map(str::to_owned)];
+        let mut push = |name: String, rows: String, steps: u64, total: u128, blocks: u128| {
+            lines.push([name, rows, steps.to_string(), tera(total), tera(blocks)]);
+        };
+        let many = self.phases.len() > MANY;
+        let phases = if many { summed(&self.phases) } else { self.phases.iter().map(|phase| (1, phase.clone())).collect() };
+        for (times, phase) in phases {
+            let visits = if many { format!(", {times} visits") } else { String::new() };
+            let name = format!("{}{visits}", phase.name());
+            push(name, phase.rows.to_string(), phase.steps, phase.flops_total, phase.flops_blocks);
+        }
+        push("together".to_owned(), String::new(), self.steps, self.flops_total, self.flops_blocks);
+        let Work { flops_total, flops_blocks } = self.flat;
+        push("flat run".to_owned(), self.levels[0].rows.to_string(), self.steps, flops_total, flops_blocks);
+        let empty = String::new;
+        let Saving { total, blocks } = self.saving;
+        lines.push(["saving".to_owned(), empty(), empty(), percent(total), percent(blocks)]);
+        table(&lines)
+    }
+}
+
+/// Phases on the same level and coset added up, in order of their first visit, with the number of visits.
+fn summed(phases: &[PhaseRow]) -> Vec<(usize, PhaseRow)> {
+    let mut sums: Vec<(usize, PhaseRow)> = Vec::new();
+    for phase in phases {
+        match sums.iter_mut().find(|(_, sum)| (sum.level, sum.coset) == (phase.level, phase.coset)) {
+            Some((visits, sum)) => {
+                *visits += 1;
+                sum.steps += phase.steps;
+                sum.flops_total += phase.flops_total;
+                sum.flops_blocks += phase.flops_blocks;
+            }
+            None => sums.push((1, phase.clone())),
+        }
+    }
+    sums
+}
+
+impl LevelRow {
+    fn new(config: &Config, spec: &Spec, level: usize) -> LevelRow {
+        let rows = config.rows(level);
+        let parameters = (rows * Layout::block(spec).len() + Layout::ends(spec).len()) as u64;
+        let step = step_flops(spec, rows, cycle::tokens_per_step(config)).into();
+        LevelRow { level, rows, h: config.step_size(level), parameters, step }
+    }
+}
+
+impl PhaseRow {
+    fn new(config: &Config, &Phase { level, coset, steps, flops }: &Phase) -> PhaseRow {
+        let Work { flops_total, flops_blocks } = flops.into();
+        PhaseRow { level, rows: config.rows(level), coset, steps, flops_total, flops_blocks }
+    }
+
+    fn name(&self) -> String {
+        match self.coset {
+            Coset::Index(0) => format!("level {}", self.level),
+            Coset::Index(k) => format!("level {}, coset {k}", self.level),
+            Coset::Random => format!("level {}, random cosets", self.level),
+        }
+    }
+}
+
+impl RankMemory {
+    fn new(config: &Config, spec: &Spec, ranks: usize) -> RankMemory {
+        let moments = optim::new(&config.optimizer).moments().len();
+        let levels = memory(config, spec, moments);
+        let micro_batch = run::micro_batch(config, ranks);
+        let workspace = Net::workspace_bytes(spec, spec.depth, micro_batch);
+        RankMemory { levels, workspace, micro_batch, total: levels.total() + workspace }
+    }
+
+    fn table(&self) -> String {
+        let Memory { parameters, gradients, moments, transfer } = self.levels;
+        let rows = [
+            ("parameters", parameters),
+            ("gradients", gradients),
+            ("optimizer moments", moments),
+            ("between levels", transfer),
+            ("activations", self.workspace),
+            ("together", self.total),
+        ];
+        table(&rows.map(|(name, size)| [name.to_owned(), bytes(size)]))
+    }
+}
