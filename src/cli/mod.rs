@@ -1,12 +1,12 @@
 //! The commands of `vcycle`, one a file.
 
 mod bench;
-//mod checkpoint;
+mod checkpoint;
 mod compare;
 mod data;
 //mod doctor;
 mod eval;
-//mod plan;
+mod plan;
 mod train;
 
 use crate::comm::World;
@@ -35,7 +35,7 @@ enum Command {
     /// Turn text into token shards, or look into them.
     Data(data::Args),
     /// Show what a config would do: levels, parameters, memory, FLOPs. Trains nothing.
-    //Plan(plan::Args),
+    Plan(plan::Args),
     /// Train. Start it with mpirun or srun for several ranks.
     Train(train::Args),
     /// Validation loss of a trained net.
@@ -45,7 +45,7 @@ enum Command {
     /// Measure the speed of this machine at vcycle's work.
     Bench(bench::Args),
     /// List, verify or show checkpoints.
-    //Checkpoint(checkpoint::Args),
+    Checkpoint(checkpoint::Args),
     /// Check that this machine is fit to train on.
     //Doctor(doctor::Args),
     /// Print the config reference (docs/CONFIG.md) as Markdown.
@@ -71,11 +71,11 @@ fn run(command: Command) -> Result<Outcome> {
     match command {
         Command::Train(args) => train::run(args, &mut World::solo()),
         Command::Data(args) => data::run(args),
-        //Command::Plan(args) => plan::run(args),
+        Command::Plan(args) => plan::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Compare(args) => compare::run(args),
         Command::Bench(args) => bench::run(args),
-        //Command::Checkpoint(args) => checkpoint::run(args),
+        Command::Checkpoint(args) => checkpoint::run(args),
         //Command::Doctor(args) => doctor::run(args),
         Command::ConfigReference => {
             print!("{}", crate::config::reference());

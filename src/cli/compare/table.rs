@@ -1,0 +1,132 @@
+//! The table of a comparison: its rows, and as text for a terminal.
+
+use super::analysis::{Comparison, Cost};
+use std::fmt::Write;
+
+/// Column headings of [`rows`].
+pub const HEADINGS: [&str; 10] = [
+    "run",
+    "final val loss",
+    "at step",
+    "val loss",
+    "TFLOP total",
+    "saved total",
+    "TFLOP blocks",
+    "saved blocks",
+    "time",
+    "time saved",
+];
+
+/// One row a run, the baseline first. From `at step` on: what it took to meet the baseline's final loss.
+pub fn rows(comparison: &Comparison) -> Vec<[String; 10]> {
+    let row = |label: String, last: Option<Cost>, met: Option<Cost>, saved: [Option<f64>; 3]| {
+        let last = last.map_or("none".to_owned(), |cost| format!("{:.4}", cost.val_loss));
+        let at = |show: fn(&Cost) -> String| met.as_ref().map_or("–".to_owned(), show);
+        let saved = saved.map(|fraction| fraction.map_or("–".to_owned(), percent));
+        let [total, blocks, time] = saved;
+        let step = if met.is_some() { at(|cost| cost.step.to_string()) } else { "not reached".to_owned() };
+        [
+            label,
+            last,
+            step,
+            at(|cost| format!("{:.4}", cost.val_loss)),
+            at(|cost| tera(cost.flops_total)),
+            total,
+            at(|cost| tera(cost.flops_blocks)),
+            blocks,
+            at(|cost| duration(cost.elapsed_s)),
+            time,
+        ]
+    };
+    let mut labels = comparison.labels().into_iter();
+    let baseline = Some(comparison.baseline);
+    let mut first = row(labels.next().unwrap_or_default(), baseline, baseline, [None; 3]);
+    // Its saving is 0 by definition; the words say which row it is.
+    first[HEADINGS.len() - 5] = "baseline".to_owned();
+    let others = labels.zip(&comparison.savings).map(|(label, saving)| {
+        let saved = [saving.flops_saved_total, saving.flops_saved_blocks, saving.wall_clock_saved];
+        row(label, saving.last, saving.at, saved)
+    });
+    std::iter::once(first).chain(others).collect()
+}
+
+/// The table with columns aligned, then a sentence for each run that never met the baseline's loss.
+pub fn text(comparison: &Comparison) -> String {
+    let mut lines = rows(comparison);
+    lines.insert(0, HEADINGS.map(str::to_owned));
+    let width = |column: usize| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..HEADINGS.len()).map(width).collect();
+    let mut out = String::new();
+    for line in &lines {
+        let _ = write!(out, "{:<1$}", line[0], widths[0]);
+        line.iter().zip(&widths).skip(1).for_each(|(cell, width)| {
+            let _ = write!(out, "  {cell:>width$}");
+        });
+        out.push('\n');
+    }
+    for sentence in not_reached(comparison) {
+        let _ = writeln!(out, "{sentence}");
+    }
+    out
+}
+
+/// A plain sentence for each run that never met the baseline's final loss.
+pub fn not_reached(comparison: &Comparison) -> impl Iterator<Item = String> {
+    let missed = comparison.savings.iter().filter(|saving| !saving.reached);
+    missed.map(|saving| {
+        let best =
+            saving.last.map_or("it was never evaluated".to_owned(), |cost| format!("it ended at {:.4}", cost.val_loss));
+        format!(
+            "{} never reached the baseline's final validation loss of {:.4}: {best}. It saved nothing.",
+            saving.run, comparison.baseline.val_loss
+        )
+    })
+}
+
+pub fn percent(fraction: f64) -> String {
+    format!("{:.1} %", 100.0 * fraction).replace('-', "−")
+}
+
+/// FLOPs in TFLOP with at least three significant digits.
+fn tera(flops: u128) -> String {
+    let tera = flops as f64 / 1e12;
+    let decimals = if tera >= 100.0 {
+        0
+    } else if tera >= 10.0 {
+        1
+    } else {
+        3
+    };
+    format!("{tera:.decimals$}")
+}
+
+fn duration(seconds: f64) -> String {
+    match seconds {
+        s if s < 120.0 => format!("{s:.1} s"),
+        s if s < 7200.0 => format!("{:.1} min", s / 60.0),
+        s => format!("{:.2} h", s / 3600.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::analysis::tests::{metrics, run};
+    use super::*;
+
+    #[test]
+    fn columns_are_aligned_and_a_run_that_falls_short_is_said_so() {
+        let base = run("runs/base", vec![metrics(300, 0, 4, Some(1.5))], "");
+        let half = run("runs/half", vec![metrics(300, 0, 2, Some(1.5))], "");
+        let short = run("runs/short", vec![metrics(300, 0, 1, Some(1.7))], "");
+        let text = text(&Comparison::new(vec![base, half, short]).unwrap());
+        let lines: Vec<&str> = text.lines().collect();
+        let widths: Vec<usize> = lines[..4].iter().map(|line| line.chars().count()).collect();
+        assert!(widths.iter().all(|&width| width == widths[0]), "{text}");
+        assert!(lines[2].starts_with("half") && lines[2].ends_with("5.0 min      50.0 %"), "{text}");
+        assert!(lines[3].contains("not reached"), "{text}");
+        assert_eq!(
+            lines[4],
+            "runs/short never reached the baseline's final validation loss of 1.5000: it ended at 1.7000. It saved nothing."
+        );
+    }
+}
