@@ -7,6 +7,7 @@ mod data;
 //mod doctor;
 mod eval;
 mod plan;
+mod text;
 mod train;
 
 use crate::comm::World;
