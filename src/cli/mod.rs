@@ -1,1 +1,3 @@
-//! (to be written)
+//! One file a subcommand.
+
+pub mod data;
