@@ -3,38 +3,41 @@
 //! ```text
 //! z_i = w x_i,   L = Σ_i (log Σ_v exp z_iv - z_i,t(i)),   dz_iv = softmax(z_i)_v - [v = t(i)],   dx = dz w,   dw = dzᵀ x
 //! ```
+//!
+//! The rows x go in chunks. In a chunk the logits are computed transposed, [V, chunk], in tiles of the vocabulary: a
+//! tile of w meets the chunk's x, then a tile of dz meets both, while they are in the cache; w is never packed.
 use super::access::{check, check_indices, matrix_shape, on_cpu, read, write};
-use super::matrix::{Mat, MatMut, multiply_parallel};
-use super::real::{Real, reduce, vectorized, with_scratch};
+use super::matrix::{Mat, MatMut, multiply};
+use super::real::{PIECE, Real, vectorized, with_scratch};
 use crate::error::{Result, ensure};
 use candle_core::{DType, Tensor};
 use rayon::prelude::*;
+use std::ops::Range;
+
+/// Tokens of the vocabulary in a tile.
+const TILE: usize = 256;
+/// Tiles in a task of the backward pass; each task has a dx of its own, which are added in the end.
+const TASK: usize = 4;
 
 /// Σ_i −log softmax(x wᵀ)[i, targets[i]] in chunks of rows of `logits`, so that [n, V] is never held.
-/// x [n, d], w [V, d], targets U32 [n]; logits [chunk, V] is scratch (=).
+/// x [n, d], w [V, d], targets U32 [n]; logits [chunk, V] is scratch (=, its content means nothing to the caller).
 /// Columns that pad the vocabulary count as logits like the others.
 pub fn loss(x: &Tensor, w: &Tensor, targets: &Tensor, logits: &Tensor) -> Result<f64> {
     const OP: &str = "classifier::loss";
-    let Shape { n, d, vocab, chunk } = shape(OP, x, w, logits)?;
+    let Shape { n, d, vocab, chunk } = Shape::of(OP, x, w, logits)?;
     check(OP, DType::U32, &[("targets", targets, &[n])], &[])?;
     check(OP, x.dtype(), &[("x", x, &[n, d]), ("w", w, &[vocab, d])], &[("logits", logits, &[chunk, vocab])])?;
     on_cpu!(OP, x, T => {
         let (x, w, targets) = (read::<T>(x)?, read::<T>(w)?, read::<u32>(targets)?);
         check_indices(OP, "target", &targets, vocab)?;
         write(logits, |logits: &mut [T]| {
-            let mut total = 0.0;
-            for (x, targets) in x.chunks(chunk * d).zip(targets.chunks(chunk)) {
-                let logits = &mut logits[..targets.len() * vocab];
-                multiply_parallel(1.0, Mat::new(x, d), Mat::new(&w, d).t(), 0.0, MatMut::new(logits, vocab));
-                total += cross_entropy(logits, targets, None);
-            }
-            Ok(total)
+            let chunks = x.chunks(chunk * d).zip(targets.chunks(chunk));
+            Ok(chunks.map(|(x, targets)| Chunk::new(x, &w, targets).with_stats(|c, stats| c.loss(logits, stats))).sum())
         })
     })
 }
 
-/// As [`loss`], and at once dx = scale * dL/dx (=), dw += scale * dL/dw; the gradient of the logits is formed in place
-/// in `logits`.
+/// As [`loss`], and at once dx = scale * dL/dx (=), dw += scale * dL/dw.
 pub fn loss_and_gradient(
     x: &Tensor,
     w: &Tensor,
@@ -45,27 +48,20 @@ pub fn loss_and_gradient(
     dw: &Tensor,
 ) -> Result<f64> {
     const OP: &str = "classifier::loss_and_gradient";
-    let Shape { n, d, vocab, chunk } = shape(OP, x, w, logits)?;
+    let Shape { n, d, vocab, chunk } = Shape::of(OP, x, w, logits)?;
     let outputs = [("logits", logits, &[chunk, vocab][..]), ("dx", dx, &[n, d]), ("dw", dw, &[vocab, d])];
     check(OP, DType::U32, &[("targets", targets, &[n])], &[])?;
     check(OP, x.dtype(), &[("x", x, &[n, d]), ("w", w, &[vocab, d])], &outputs)?;
     on_cpu!(OP, x, T => {
         let (x, w, targets) = (read::<T>(x)?, read::<T>(w)?, read::<u32>(targets)?);
         check_indices(OP, "target", &targets, vocab)?;
-        let w = Mat::new(&w, d);
         write(logits, |logits: &mut [T]| write(dx, |dx: &mut [T]| write(dw, |dw: &mut [T]| {
-            let mut total = 0.0;
             let chunks = x.chunks(chunk * d).zip(dx.chunks_mut(chunk * d)).zip(targets.chunks(chunk));
-            for ((x, dx), targets) in chunks {
-                let x = Mat::new(x, d);
-                let logits = &mut logits[..targets.len() * vocab];
-                multiply_parallel(1.0, x, w.t(), 0.0, MatMut::new(logits, vocab));
-                total += cross_entropy(logits, targets, Some(T::of(scale)));
-                let dlogits = Mat::new(logits, vocab);
-                multiply_parallel(1.0, dlogits, w, 0.0, MatMut::new(dx, d));
-                multiply_parallel(1.0, dlogits.t(), x, 1.0, MatMut::new(dw, d));
-            }
-            Ok(total)
+            Ok(chunks.map(|((x, dx), targets)| Chunk::new(x, &w, targets).with_stats(|c, stats| {
+                let loss = c.loss(logits, stats);
+                c.gradient(T::of(scale), logits, stats, dx, dw);
+                loss
+            })).sum())
         })))
     })
 }
@@ -77,63 +73,199 @@ struct Shape {
     chunk: usize,
 }
 
-fn shape(op: &str, x: &Tensor, w: &Tensor, logits: &Tensor) -> Result<Shape> {
-    let (n, d) = matrix_shape(op, "x", x)?;
-    let (vocab, _) = matrix_shape(op, "w", w)?;
-    let (chunk, _) = matrix_shape(op, "logits", logits)?;
-    ensure!(chunk > 0, "{op}: logits has no rows, expected at least one");
-    Ok(Shape { n, d, vocab, chunk })
+impl Shape {
+    fn of(op: &str, x: &Tensor, w: &Tensor, logits: &Tensor) -> Result<Shape> {
+        let (n, d) = matrix_shape(op, "x", x)?;
+        let (vocab, _) = matrix_shape(op, "w", w)?;
+        let (chunk, _) = matrix_shape(op, "logits", logits)?;
+        ensure!(chunk > 0, "{op}: logits has no rows, expected at least one");
+        Ok(Shape { n, d, vocab, chunk })
+    }
 }
 
-/// Σ over rows of the cross-entropy; with `scale`, logits = scale * its gradient.
-fn cross_entropy<T: Real>(logits: &mut [T], targets: &[u32], scale: Option<T>) -> f64 {
-    let vocab = logits.len() / targets.len();
-    with_scratch(targets.len(), |losses: &mut [f64]| {
-        let rows = logits.par_chunks_mut(vocab).zip(targets.par_iter()).zip(losses.par_iter_mut());
-        rows.for_each(|((logits, &target), loss)| {
-            let target = target as usize;
-            let lse = log_sum_exp(logits);
-            *loss = lse - logits[target].to_f64();
-            if let Some(scale) = scale {
-                scaled_softmax(logits, T::of(lse), scale);
-                logits[target] -= scale;
+/// Some rows of x with their targets, and w.
+struct Chunk<'a, T> {
+    x: Mat<'a, T>,
+    w: Mat<'a, T>,
+    targets: &'a [u32],
+    d: usize,
+    vocab: usize,
+}
+
+/// What a tile of the vocabulary gives to each row of the chunk.
+struct Stats<'a, T> {
+    /// max z
+    max: &'a mut [T],
+    /// Σ exp (z - max)
+    sum: &'a mut [T],
+    /// z of the target, 0 if that is in another tile
+    target: &'a mut [T],
+}
+
+impl<'a, T> Stats<'a, T> {
+    const PARTS: usize = 3;
+
+    fn split(stats: &'a mut [T]) -> Stats<'a, T> {
+        let rows = stats.len() / Self::PARTS;
+        let (max, rest) = stats.split_at_mut(rows);
+        let (sum, target) = rest.split_at_mut(rows);
+        Stats { max, sum, target }
+    }
+}
+
+impl<'a, T: Real> Chunk<'a, T> {
+    fn new(x: &'a [T], w: &'a [T], targets: &'a [u32]) -> Chunk<'a, T> {
+        let d = x.len() / targets.len();
+        Chunk { x: Mat::new(x, d), w: Mat::new(w, d), targets, d, vocab: w.len() / d }
+    }
+
+    fn rows(&self) -> usize {
+        self.targets.len()
+    }
+
+    /// Tokens of the n-th tile.
+    fn tile(&self, n: usize) -> Range<usize> {
+        n * TILE..((n + 1) * TILE).min(self.vocab)
+    }
+
+    fn with_stats(&self, f: impl FnOnce(&Self, &mut [T]) -> f64) -> f64 {
+        with_scratch(self.vocab.div_ceil(TILE) * Stats::<T>::PARTS * self.rows(), |stats| f(self, stats))
+    }
+
+    /// The chunk's loss. Leaves exp (z - max) in `logits` [V, rows], and in each tile's stats exp (max - lse) for max.
+    fn loss(&self, logits: &mut [T], stats: &mut [T]) -> f64 {
+        let (rows, stats_len) = (self.rows(), Stats::<T>::PARTS * self.rows());
+        let tiles = logits[..self.vocab * rows].par_chunks_mut(TILE * rows).zip(stats.par_chunks_mut(stats_len));
+        tiles.enumerate().with_max_len(1).for_each(|(n, (z, stats))| {
+            let tokens = self.tile(n);
+            multiply(1.0, self.w.rows(tokens.clone()), self.x.t(), 0.0, MatMut::new(z, rows));
+            let stats = Stats::split(stats);
+            stats.target.fill(T::zero());
+            for (i, token) in self.targets_in(&tokens) {
+                stats.target[i] = z[token * rows + i];
             }
+            exponentials(z, stats.max, stats.sum);
         });
-        losses.iter().sum()
-    })
+        with_scratch(stats_len, |whole: &mut [T]| {
+            let mut whole = Stats::split(whole);
+            combine(stats, &mut whole);
+            let rows = whole.max.iter().zip(whole.sum.iter()).zip(whole.target.iter());
+            rows.map(|((max, sum), target)| max.to_f64() + sum.to_f64().ln() - target.to_f64()).sum()
+        })
+    }
+
+    /// dx = and dw += scale times their gradients, from what [`Chunk::loss`] has left.
+    fn gradient(&self, scale: T, logits: &mut [T], stats: &mut [T], dx: &mut [T], dw: &mut [T]) {
+        let (rows, d, stats_len) = (self.rows(), self.d, Stats::<T>::PARTS * self.rows());
+        with_scratch(self.vocab.div_ceil(TASK * TILE) * rows * d, |partials: &mut [T]| {
+            let tiles = logits[..self.vocab * rows].par_chunks_mut(TASK * TILE * rows);
+            let tiles = tiles.zip(stats.par_chunks_mut(TASK * stats_len)).zip(dw.par_chunks_mut(TASK * TILE * d));
+            tiles.zip(partials.par_chunks_mut(rows * d)).enumerate().with_max_len(1).for_each(
+                |(task, (((z, stats), dw), dx))| {
+                    let tiles = z.chunks_mut(TILE * rows).zip(stats.chunks_mut(stats_len)).zip(dw.chunks_mut(TILE * d));
+                    for (n, ((dz, stats), dw)) in tiles.enumerate() {
+                        let tokens = self.tile(task * TASK + n);
+                        scale_columns(dz, scale, Stats::split(stats).max);
+                        for (i, token) in self.targets_in(&tokens) {
+                            dz[token * rows + i] -= scale;
+                        }
+                        let (dz, beta) = (Mat::new(dz, rows), if n == 0 { 0.0 } else { 1.0 });
+                        multiply(1.0, dz.t(), self.w.rows(tokens), beta, MatMut::new(dx, d));
+                        multiply(1.0, dz, self.x, 1.0, MatMut::new(dw, d));
+                    }
+                },
+            );
+            add_up(partials, dx);
+        });
+    }
+
+    /// Rows whose target is one of `tokens`, with its index among them.
+    fn targets_in(&self, tokens: &Range<usize>) -> impl Iterator<Item = (usize, usize)> + use<'_, T> {
+        let (tokens, start) = (tokens.clone(), tokens.start);
+        let targets = self.targets.iter().enumerate().filter(move |(_, target)| tokens.contains(&(**target as usize)));
+        targets.map(move |(i, &target)| (i, target as usize - start))
+    }
 }
 
-/// log Σ exp x
-fn log_sum_exp<T: Real>(x: &[T]) -> f64 {
+/// max = column maxima of z [_, rows], z = exp (z - max), sum = column sums of that.
+fn exponentials<T: Real>(z: &mut [T], max: &mut [T], sum: &mut [T]) {
+    let rows = max.len();
     vectorized(
         #[inline(always)]
         || {
-            let max = reduce(
-                x.len(),
-                T::NEG_INFINITY,
-                #[inline(always)]
-                |i| x[i],
-                T::larger,
-            );
-            let sum = reduce(
-                x.len(),
-                T::zero(),
-                #[inline(always)]
-                |i| (x[i] - max).exp(),
-                #[inline(always)]
-                |a, b| a + b,
-            );
-            max.to_f64() + sum.to_f64().ln()
+            max.fill(T::NEG_INFINITY);
+            sum.fill(T::zero());
+            for z in z.chunks_exact(rows) {
+                max.iter_mut().zip(z).for_each(|(max, &z)| *max = max.larger(z));
+            }
+            for z in z.chunks_exact_mut(rows) {
+                for ((z, &max), sum) in z.iter_mut().zip(&*max).zip(&mut *sum) {
+                    *z = (*z - max).exp();
+                    *sum += *z;
+                }
+            }
         },
-    )
+    );
 }
 
-/// x = scale * exp(x - lse)
-fn scaled_softmax<T: Real>(x: &mut [T], lse: T, scale: T) {
+/// The stats of the whole vocabulary from those of the tiles; then max of each tile = exp (max - lse).
+fn combine<T: Real>(tiles: &mut [T], whole: &mut Stats<T>) {
+    let stats_len = Stats::<T>::PARTS * whole.max.len();
     vectorized(
         #[inline(always)]
-        || x.iter_mut().for_each(|x| *x = scale * (*x - lse).exp()),
+        || {
+            whole.max.fill(T::NEG_INFINITY);
+            whole.sum.fill(T::zero());
+            whole.target.fill(T::zero());
+            for tile in tiles.chunks_exact_mut(stats_len) {
+                let tile = Stats::split(tile);
+                whole.max.iter_mut().zip(tile.max).for_each(|(max, tile)| *max = max.larger(*tile));
+                whole.target.iter_mut().zip(tile.target).for_each(|(target, tile)| *target += *tile);
+            }
+            for tile in tiles.chunks_exact_mut(stats_len) {
+                let tile = Stats::split(tile);
+                for (((max, sum), &whole_max), whole_sum) in
+                    tile.max.iter_mut().zip(tile.sum).zip(&*whole.max).zip(&mut *whole.sum)
+                {
+                    *max = (*max - whole_max).exp();
+                    *whole_sum += *sum * *max;
+                }
+            }
+            for tile in tiles.chunks_exact_mut(stats_len) {
+                Stats::split(tile).max.iter_mut().zip(&*whole.sum).for_each(|(max, &sum)| *max /= sum);
+            }
+        },
     );
+}
+
+/// z = z * scale * factors, a factor a column.
+fn scale_columns<T: Real>(z: &mut [T], scale: T, factors: &mut [T]) {
+    vectorized(
+        #[inline(always)]
+        || {
+            factors.iter_mut().for_each(|factor| *factor *= scale);
+            for z in z.chunks_exact_mut(factors.len()) {
+                z.iter_mut().zip(&*factors).for_each(|(z, &factor)| *z *= factor);
+            }
+        },
+    );
+}
+
+/// total = sum of the partials, each as long as it.
+fn add_up<T: Real>(partials: &[T], total: &mut [T]) {
+    let len = total.len();
+    total.par_chunks_mut(PIECE).enumerate().for_each(|(piece, total)| {
+        vectorized(
+            #[inline(always)]
+            || {
+                total.fill(T::zero());
+                for partial in partials.chunks_exact(len) {
+                    let partial = &partial[piece * PIECE..][..total.len()];
+                    total.iter_mut().zip(partial).for_each(|(total, &partial)| *total += partial);
+                }
+            },
+        );
+    });
 }
 
 #[cfg(test)]
