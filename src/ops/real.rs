@@ -129,13 +129,17 @@ pub fn sum<T: Real>(x: &[T], f: impl Fn(T) -> T) -> T {
 /// Σ x y, as [`reduce`].
 #[inline(always)]
 pub fn dot<T: Real>(x: &[T], y: &[T]) -> T {
+    let len = x.len().min(y.len());
+    let ((x, x_rest), (y, y_rest)) = (x[..len].split_at(len / LANES * LANES), y[..len].split_at(len / LANES * LANES));
     let mut lanes = [T::zero(); LANES];
-    let (x, y) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
-    let rest = x.remainder().iter().zip(y.remainder());
-    for (x, y) in x.zip(y) {
-        lanes.iter_mut().zip(x).zip(y).for_each(|((lane, &x), &y)| *lane = x.mul_add(y, *lane));
+    // indexed: zipping three would keep the compiler from vectorising
+    for vector in 0..x.len() / LANES {
+        let (x, y) = (&x[vector * LANES..][..LANES], &y[vector * LANES..][..LANES]);
+        for lane in 0..LANES {
+            lanes[lane] = x[lane].mul_add(y[lane], lanes[lane]);
+        }
     }
-    lanes.iter_mut().zip(rest).for_each(|(lane, (&x, &y))| *lane = x.mul_add(y, *lane));
+    lanes.iter_mut().zip(x_rest.iter().zip(y_rest)).for_each(|(lane, (&x, &y))| *lane = x.mul_add(y, *lane));
     fold(lanes, |a, b| a + b)
 }
 
