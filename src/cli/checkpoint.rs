@@ -96,7 +96,8 @@ fn print_reports(reports: &[Report], json: bool) -> Result<()> {
             Some(manifest) => (manifest.created.as_str(), format!("{:.1}", mebibytes(manifest.bytes()))),
             None => ("?", "?".to_owned()),
         };
-        let intact = if report.problems.is_empty() { "yes".to_owned() } else { format!("NO: {}", report.problems.join("; ")) };
+        let intact =
+            if report.problems.is_empty() { "yes".to_owned() } else { format!("NO: {}", report.problems.join("; ")) };
         println!("{:<16} {date:<20} {size:>10}  {intact}", report.name());
     }
     Ok(())
