@@ -20,7 +20,8 @@ build: deps ## Build the program: target/release/vcycle
 quickstart: build ## Train by a multilevel cycle and by its baseline; show what was saved (minutes)
 	@scripts/quickstart.sh $(VCYCLE)
 
-test: deps ## Run all tests
+test: ## Run all tests
+	@scripts/install-deps.sh test
 	$(CARGO) test $(PROFILE) --locked
 
 test-slurm: build ## Train under a Slurm of this machine: stopped, requeued, continued (root)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Installs what vcycle is built and tested with, as far as it is missing; quick where nothing is.
-# apt-get with root or sudo; elsewhere it says what is missing and exits 1.
+# Installs what vcycle is built with, as far as it is missing, and with `test` what it is tested with; quick where nothing
+# is missing. It uses apt-get with root or sudo; elsewhere it says what is missing and exits 1.
 set -euo pipefail
 
 # A line a dependency: what for | how it is found | Debian, Ubuntu | Fedora, RHEL | environment module.
-c_compiler() { command -v cc && command -v c++; }
+c_compiler() { command -v cc; }
 pkg_config() { command -v pkg-config; }
 open_mpi() { command -v mpicc && command -v mpirun; }
 hdf5() {
@@ -17,12 +17,13 @@ libclang() {
 }
 h5py() { python3 -c 'import h5py' || /usr/bin/python3 -c 'import h5py'; }
 dependencies='
-C and C++ compilers|c_compiler|build-essential|gcc gcc-c++|gcc
+C compiler|c_compiler|gcc libc6-dev|gcc|gcc
 pkg-config|pkg_config|pkg-config|pkgconf-pkg-config|-
 MPI with its headers|open_mpi|libopenmpi-dev openmpi-bin|openmpi-devel|openmpi
 HDF5 with its headers|hdf5|libhdf5-dev|hdf5-devel|hdf5
 libclang, which bindgen reads C headers with|libclang|libclang-dev|clang-devel|llvm
-h5py, for a test that reads checkpoints|h5py|python3-h5py|python3-h5py|-
+'
+[ "${1:-}" != test ] || dependencies+='h5py, for a test that reads checkpoints|h5py|python3-h5py|python3-h5py|-
 '
 
 missing() {
