@@ -79,10 +79,21 @@ start() {
     skip "Slurm does not come up here"
 }
 
+# A daemon whose parent is gone may stay a zombie in a container; that one has ended too.
+running() { grep -qs '^State:[[:space:]]*[^ZX]' "/proc/$1/status"; }
+
+# Ends the daemons and waits for it: slurmctld still writes its state.
 stop() {
-    local dir=$1 pid
-    for pid in "$dir/slurmd.pid" "$dir/slurmctld.pid" "$dir/munge/pid"; do
-        [ ! -s "$pid" ] || kill "$(cat "$pid")" 2>/dev/null || true
+    local dir=$1 file pid
+    for file in "$dir/slurmd.pid" "$dir/slurmctld.pid" "$dir/munge/pid"; do
+        [ -s "$file" ] || continue
+        pid=$(cat "$file")
+        kill "$pid" 2>/dev/null || continue
+        for _ in $(seq 50); do
+            running "$pid" || continue 2
+            sleep 0.2
+        done
+        kill -KILL "$pid" || true
     done
 }
 
