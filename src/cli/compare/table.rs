@@ -19,11 +19,9 @@ pub const HEADINGS: [&str; 10] = [
 
 /// One row a run, the baseline first. From `at step` on: what it took to meet the baseline's final loss.
 pub fn rows(comparison: &Comparison) -> Vec<[String; 10]> {
-    let row = |label: String, last: Option<Cost>, met: Option<Cost>, saved: [Option<f64>; 3]| {
+    let row = |label: String, last: Option<Cost>, met: Option<Cost>, [total, blocks, time]: [String; 3]| {
         let last = last.map_or("none".to_owned(), |cost| format!("{:.4}", cost.val_loss));
         let at = |show: fn(&Cost) -> String| met.as_ref().map_or("–".to_owned(), show);
-        let saved = saved.map(|fraction| fraction.map_or("–".to_owned(), percent));
-        let [total, blocks, time] = saved;
         let step = if met.is_some() { at(|cost| cost.step.to_string()) } else { "not reached".to_owned() };
         [
             label,
@@ -40,12 +38,12 @@ pub fn rows(comparison: &Comparison) -> Vec<[String; 10]> {
     };
     let mut labels = comparison.labels().into_iter();
     let baseline = Some(comparison.baseline);
-    let mut first = row(labels.next().unwrap_or_default(), baseline, baseline, [None; 3]);
-    // Its saving is 0 by definition; the words say which row it is.
-    first[HEADINGS.len() - 5] = "baseline".to_owned();
+    // The baseline saves nothing by definition; the word says which row it is.
+    let none = ["baseline", "–", "–"].map(str::to_owned);
+    let first = row(labels.next().unwrap_or_default(), baseline, baseline, none);
     let others = labels.zip(&comparison.savings).map(|(label, saving)| {
         let saved = [saving.flops_saved_total, saving.flops_saved_blocks, saving.wall_clock_saved];
-        row(label, saving.last, saving.at, saved)
+        row(label, saving.last, saving.at, saved.map(|fraction| fraction.map_or("–".to_owned(), percent)))
     });
     std::iter::once(first).chain(others).collect()
 }
@@ -77,7 +75,7 @@ pub fn not_reached(comparison: &Comparison) -> impl Iterator<Item = String> {
         let best =
             saving.last.map_or("it was never evaluated".to_owned(), |cost| format!("it ended at {:.4}", cost.val_loss));
         format!(
-            "{} never reached the baseline's final validation loss of {:.4}: {best}. It saved nothing.",
+            "{} never reached the baseline's final validation loss of {:.4}: {end}. It saved nothing.",
             saving.run, comparison.baseline.val_loss
         )
     })

@@ -1,0 +1,41 @@
+# `make quickstart` and `make test` do all of their set-up; only Rust's toolchain must be there.
+
+CARGO ?= cargo
+# The one profile everything is built in, so that dependencies are compiled once.
+PROFILE := --release
+VCYCLE := $(or $(CARGO_TARGET_DIR),target)/release/vcycle
+
+.DEFAULT_GOAL := help
+.PHONY: help deps build quickstart test test-slurm fmt clippy docs clean
+
+help: ## This list
+	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | column -t -s '	' 2>/dev/null || grep '##' $(MAKEFILE_LIST)
+
+deps: ## Install the system packages that are missing (apt-get, root or sudo)
+	@scripts/install-deps.sh
+
+build: deps ## Build the program: target/release/vcycle
+	$(CARGO) build $(PROFILE) --locked
+
+quickstart: build ## Train by a multilevel cycle and by its baseline; show what was saved (minutes)
+	@scripts/quickstart.sh $(VCYCLE)
+
+test: ## Run all tests
+	@scripts/install-deps.sh test
+	$(CARGO) test $(PROFILE) --locked
+
+test-slurm: build ## Train under a Slurm of this machine: stopped, requeued, continued (root)
+	@tests/slurm/run.sh $(VCYCLE)
+
+fmt: ## Format the code
+	$(CARGO) fmt
+
+clippy: deps ## Lint, with MPI and without
+	$(CARGO) clippy $(PROFILE) --locked --all-targets -- -D warnings
+	$(CARGO) clippy $(PROFILE) --locked --all-targets --no-default-features -- -D warnings
+
+docs: build ## Regenerate docs/CONFIG.md
+	$(VCYCLE) config-reference > docs/CONFIG.md
+
+clean: ## Remove what the quick start wrote (`cargo clean` removes the build)
+	rm -rf quickstart

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Submits slurm/train.sbatch to a Slurm of this machine and checks that a run is stopped, requeued and continued:
+#
+#     tests/slurm/run.sh VCYCLE
+#
+# Exits 0 passed or skipped (a line says why), 1 failed.
+set -euo pipefail
+
+vcycle=$(realpath "${1:?usage: $0 VCYCLE}")
+root=$(realpath "$(dirname "$0")/../..")
+dir=$(mktemp -d)
+slurm=$dir/slurm
+steps=400
+
+cleanup() {
+    "$root/tests/slurm/one-machine.sh" stop "$slurm"
+    rm -rf "$dir"
+}
+fail() {
+    echo "FAILED: $*" >&2
+    cat "$dir/job.out" >&2 || true
+    exit 1
+}
+# wait_for SECONDS WHAT COMMAND...
+wait_for() {
+    local seconds=$1 what=$2
+    shift 2
+    for _ in $(seq $((seconds * 5))); do
+        "$@" && return
+        sleep 0.2
+    done
+    fail "$what did not happen in $seconds s"
+}
+state() { scontrol show job --oneliner "$job" | sed 's/.*JobState=\([A-Z]*\).*/\1/'; }
+is() { [ "$(state)" = "$1" ]; }
+requeued() { is PENDING && scontrol show job --oneliner "$job" | grep -q 'Restarts=1'; }
+logged() { [ -s "$dir/run/metrics.jsonl" ] && [ "$(wc -l <"$dir/run/metrics.jsonl")" -ge "$1" ]; }
+
+trap cleanup EXIT
+chmod 755 "$dir" # munged does not run as root
+status=0
+"$root/tests/slurm/one-machine.sh" start "$slurm" || status=$?
+[ "$status" -ne 77 ] || exit 0
+[ "$status" -eq 0 ] || fail "no Slurm: exit $status"
+export SLURM_CONF=$slurm/slurm.conf
+
+"$vcycle" data prepare "$root/src" --out "$dir/data" --tokenizer bytes --ext rs
+cat >"$dir/config.toml" <<CONFIG
+run = { steps = $steps }
+data = { dir = "$dir/data", context = 64, batch = 4 }
+model = { width = 64, heads = 4, depth = 4 }
+log = { every_steps = 1, eval_sequences = 4 }
+CONFIG
+
+export VCYCLE=$vcycle
+ranks=$(($(nproc) < 2 ? 1 : 2))
+job=$(sbatch --parsable --ntasks-per-node="$ranks" --cpus-per-task=1 --time=10 --output="$dir/job.out" \
+    "$root/slurm/train.sbatch" "$dir/config.toml" "$dir/run")
+wait_for 60 "training" logged 10
+# What Slurm does before the time limit.
+scancel --signal=USR1 --batch "$job"
+wait_for 60 "requeueing after exit 75" requeued
+before=$(tail -n 1 "$dir/run/metrics.jsonl")
+scontrol update JobId="$job" StartTime=now # else Slurm waits for two minutes
+wait_for 200 "the end of the run" is COMPLETED
+
+# Every step once, in order, up to the last.
+sed 's/.*"step":\([0-9]*\).*/\1/' "$dir/run/metrics.jsonl" | sort -c -n -u || fail "steps are repeated or out of order"
+tail -n 1 "$dir/run/metrics.jsonl" | grep -q "\"step\":$steps," || fail "the run did not get to step $steps"
+grep -qF "$before" "$dir/run/metrics.jsonl" || fail "the run started afresh instead of going on"
+echo "passed: trained on $ranks ranks under srun, stopped by a signal, requeued, continued to step $steps"
