@@ -4,7 +4,7 @@ mod bench;
 mod checkpoint;
 mod compare;
 mod data;
-//mod doctor;
+mod doctor;
 mod eval;
 mod plan;
 mod text;
@@ -48,7 +48,7 @@ enum Command {
     /// List, verify or show checkpoints.
     Checkpoint(checkpoint::Args),
     /// Check that this machine is fit to train on.
-    //Doctor(doctor::Args),
+    Doctor(doctor::Args),
     /// Print the config reference (docs/CONFIG.md) as Markdown.
     ConfigReference,
 }
@@ -77,7 +77,7 @@ fn run(command: Command) -> Result<Outcome> {
         Command::Compare(args) => compare::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Checkpoint(args) => checkpoint::run(args),
-        //Command::Doctor(args) => doctor::run(args),
+        Command::Doctor(args) => doctor::run(args),
         Command::ConfigReference => {
             print!("{}", crate::config::reference());
             Ok(Outcome::Done)
