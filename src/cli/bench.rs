@@ -108,7 +108,11 @@ fn write_random_data(folder: &Path, config: &Config) -> Result<()> {
         let path = folder.join(format!("{split}_000000.bin"));
         let mut file = std::io::BufWriter::new(std::fs::File::create(&path)?);
         let header = [20_240_520, 1, u32::try_from(count).context("the benchmark's batch is too large")?];
-        header.iter().chain(std::iter::repeat(&0)).take(256).try_for_each(|word| file.write_all(&word.to_le_bytes()))?;
+        header
+            .iter()
+            .chain(std::iter::repeat(&0))
+            .take(256)
+            .try_for_each(|word| file.write_all(&word.to_le_bytes()))?;
         let mut state = 1u64;
         for _ in 0..count {
             // Knuth's MMIX generator; its high bits are good enough for a benchmark.

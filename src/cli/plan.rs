@@ -179,7 +179,8 @@ impl Plan {
             lines.push([name, rows, steps.to_string(), tera(total), tera(blocks)]);
         };
         let many = self.phases.len() > MANY;
-        let phases = if many { summed(&self.phases) } else { self.phases.iter().map(|phase| (1, phase.clone())).collect() };
+        let phases =
+            if many { summed(&self.phases) } else { self.phases.iter().map(|phase| (1, phase.clone())).collect() };
         for (times, phase) in phases {
             let visits = if many { format!(", {times} visits") } else { String::new() };
             let name = format!("{}{visits}", phase.name());

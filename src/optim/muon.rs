@@ -115,10 +115,10 @@ fn normalize<T: Real>(x: &mut [T]) {
         #[inline(always)]
         || {
             let norm = reduce(
-                x.len(),
+                x,
                 0.0,
                 #[inline(always)]
-                |i| x[i].to_f64() * x[i].to_f64(),
+                |x| x.to_f64() * x.to_f64(),
                 #[inline(always)]
                 |a, b| a + b,
             );

@@ -65,9 +65,7 @@ impl RunDirectory {
         let written = config::load(&self.config_file(), &[])?;
         let changed: Vec<String> = differences(&written, config)
             .into_iter()
-            .filter(|d| {
-                !MAY_CHANGE.iter().any(|free| d.key == *free || d.key.starts_with(&format!("{free}.")))
-            })
+            .filter(|d| !MAY_CHANGE.iter().any(|free| d.key == *free || d.key.starts_with(&format!("{free}."))))
             .map(|d| format!("{} was {}, is now {}", d.key, d.old, d.new))
             .collect();
         if !changed.is_empty() {

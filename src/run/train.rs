@@ -230,14 +230,7 @@ impl Trainer {
         step == self.config.run.steps || (every > 0 && step.is_multiple_of(every))
     }
 
-    fn metrics(
-        &self,
-        target: Target,
-        lr: f64,
-        report: StepReport,
-        val_loss: Option<f64>,
-        peak_flops: f64,
-    ) -> Metrics {
+    fn metrics(&self, target: Target, lr: f64, report: StepReport, val_loss: Option<f64>, peak_flops: f64) -> Metrics {
         let (config, progress) = (&self.config, &self.progress);
         let tokens_per_step = cycle::tokens_per_step(config);
         let rows = config.rows(target.level);
@@ -307,11 +300,7 @@ fn end(plan: &[Op]) -> cycle::Position {
 }
 
 /// The newest intact checkpoint, the same on every rank; `None` to start from the beginning. Collective.
-fn newest_checkpoint(
-    run_dir: &Path,
-    resume: bool,
-    comm: &mut dyn Communicator,
-) -> Result<Option<Checkpoint>> {
+fn newest_checkpoint(run_dir: &Path, resume: bool, comm: &mut dyn Communicator) -> Result<Option<Checkpoint>> {
     if !resume {
         return Ok(None);
     }

@@ -72,7 +72,7 @@ pub fn text(comparison: &Comparison) -> String {
 pub fn not_reached(comparison: &Comparison) -> impl Iterator<Item = String> {
     let missed = comparison.savings.iter().filter(|saving| !saving.reached);
     missed.map(|saving| {
-        let best =
+        let end =
             saving.last.map_or("it was never evaluated".to_owned(), |cost| format!("it ended at {:.4}", cost.val_loss));
         format!(
             "{} never reached the baseline's final validation loss of {:.4}: {end}. It saved nothing.",
