@@ -87,7 +87,7 @@ struct LevelRow {
     h: f64,
     /// Parameters of a net on this level, ends included.
     parameters: u64,
-    #[serde(flatten)]
+    /// One optimizer step.
     step: Work,
 }
 
@@ -153,7 +153,7 @@ impl Plan {
         };
         format!(
             "{cycle}: {steps} steps of {tokens_per_step} tokens\n\n{}\n{}{longest_stay}\n\
-             memory of each of {ranks} rank(s), {micro_batch} sequence(s) at a time\n{}",
+             memory a rank (ranks: {ranks}, sequences at a time: {micro_batch})\n{}",
             self.levels_table(),
             self.phases_table(),
             memory.table(),
@@ -163,9 +163,8 @@ impl Plan {
     fn levels_table(&self) -> String {
         let row = |level: &LevelRow| {
             let LevelRow { level, rows, h, parameters, step } = level;
-            let work = [tera(step.flops_total), tera(step.flops_blocks)];
-            let [total, blocks] = work;
-            [level.to_string(), rows.to_string(), format!("{h}"), count(*parameters), total, blocks]
+            let (total, blocks) = (tera(step.flops_total), tera(step.flops_blocks));
+            [level.to_string(), rows.to_string(), h.to_string(), count(*parameters), total, blocks]
         };
         let head = ["level", "blocks", "h", "parameters", "TFLOP a step", "without head"].map(str::to_owned);
         table(&std::iter::once(head).chain(self.levels.iter().map(row)).collect::<Vec<_>>())
@@ -257,5 +256,46 @@ impl RankMemory {
             ("together", self.total),
         ];
         table(&rows.map(|(name, size)| [name.to_owned(), bytes(size)]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config;
+
+    fn plan(text: &str) -> Plan {
+        let head =
+            "[data]\ndir = 'x'\ncontext = 32\nbatch = 4\n[model]\nvocab = 64\nwidth = 16\nheads = 2\ndepth = 4\n";
+        Plan::new(&config::parse(&format!("{head}{text}"), &[]).unwrap(), 2)
+    }
+
+    #[test]
+    fn a_flat_run_saves_nothing() {
+        let plan = plan("[run]\nsteps = 10");
+        assert_eq!((plan.flops_total, plan.flops_blocks), (plan.flat.flops_total, plan.flat.flops_blocks));
+        assert_eq!((plan.saving.total, plan.saving.blocks, plan.memory.micro_batch), (0.0, 0.0, 2));
+    }
+
+    #[test]
+    fn json_is_the_contract() {
+        let plan = plan("[run]\nsteps = 10\n[levels]\ncount = 2\n[cycle]\nkind = 'cascade'\nfractions = [0.5, 0.5]");
+        let json: serde_json::Value = serde_json::from_str(&serde_json::to_string(&plan).unwrap()).unwrap();
+        let (tokens, d, context, vocab) = (4 * 32, 16, 32, 64);
+        let row_steps = 5 * 2 + 5 * 4;
+        let blocks = row_steps * (72 * d * d + 12 * d * context) * tokens;
+        assert_eq!(json["flops_blocks"], blocks);
+        assert_eq!(json["flops_total"], blocks + 10 * 6 * vocab * d * tokens);
+        assert_eq!(json["saving"]["blocks"], 0.25);
+        assert_eq!((json["levels"].as_array().unwrap().len(), json["phases"].as_array().unwrap().len()), (2, 2));
+    }
+
+    #[test]
+    fn many_phases_are_summed_and_a_longest_stay_is_said_so() {
+        let text = plan("[run]\nsteps = 1000\n[levels]\ncount = 2\n[cycle]\nkind = 'v'").text();
+        assert!(text.contains("level 1, 11 visits"), "{text}");
+        assert!(!text.contains("longest"), "{text}");
+        let text = plan("[levels]\ncount = 2\n[cycle]\nkind = 'adaptive'").text();
+        assert!(text.contains("longest stay"), "{text}");
     }
 }

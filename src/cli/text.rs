@@ -21,7 +21,7 @@ pub fn percent(fraction: f64) -> String {
     format!("{:.1} %", 100.0 * fraction).replace('-', "−")
 }
 
-/// FLOPs in TFLOP with at least three significant digits, for what takes a machine more than a moment.
+/// FLOPs in TFLOP, three significant digits from 0.1 on.
 pub fn tera(flops: u128) -> String {
     significant(flops as f64 / 1e12)
 }
@@ -42,12 +42,11 @@ pub fn count(parameters: u64) -> String {
 }
 
 fn significant(value: f64) -> String {
-    let decimals = if value >= 100.0 {
-        0
-    } else if value >= 10.0 {
-        1
-    } else {
-        3
+    let decimals = match value {
+        v if v >= 100.0 => 0,
+        v if v >= 10.0 => 1,
+        v if v >= 1.0 => 2,
+        _ => 3,
     };
     format!("{value:.decimals$}")
 }
@@ -64,7 +63,7 @@ mod tests {
 
     #[test]
     fn units_follow_size() {
-        assert_eq!([bytes(3 << 19), bytes(5 << 30)], ["1.500 MiB", "5.000 GiB"]);
+        assert_eq!([bytes(3 << 19), bytes(5 << 30)], ["1.50 MiB", "5.00 GiB"]);
         assert_eq!([count(12_345), count(124_000_000)], ["12.3 k", "124 M"]);
         assert_eq!([tera(27_500_000_000_000), tera(1_000_000_000)], ["27.5", "0.001"]);
         assert_eq!(percent(-0.015), "−1.5 %");

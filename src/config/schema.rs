@@ -243,7 +243,7 @@ table! {
         post: u64 = 10,
         /// `v`, `w`, `f`: steps on the coarsest level at each visit.
         coarse: u64 = 50,
-        /// `v`, `w`, `f`: share of the steps spent on the fine level at the end.
+        /// `v`, `w`, `f`: share of the steps spent on the fine level at the end. Before it, steps that fill no further cycle are spread over the visits in proportion.
         finish: f64 = 0.2,
         /// `adaptive`: steps in a window over which loss decrease per FLOP is measured.
         window: u64 = 50,

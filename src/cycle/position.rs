@@ -46,11 +46,11 @@ impl Position {
 
     /// The level the run is on at this position.
     pub fn level(self, ops: &[Op]) -> usize {
-        let switches = ops.iter().take(self.op).filter_map(|op| match op {
+        let mut switches = ops.iter().take(self.op).filter_map(|op| match op {
             Op::Descend { to } | Op::Ascend { to } => Some(*to),
             Op::Smooth { .. } => None,
         });
-        switches.last().unwrap_or(0)
+        switches.next_back().unwrap_or(0)
     }
 }
 

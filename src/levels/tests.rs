@@ -141,6 +141,7 @@ fn an_untrained_correction_changes_nothing() {
             h.ascend(to).unwrap();
         }
         assert_eq!(distance(&h.group(0).theta, &before), 0.0);
+        assert!(h.levels.iter().all(|level| level.entry.is_none()), "kept for no one");
     }
 }
 
