@@ -346,6 +346,8 @@ mod tests {
         let again = Options { inputs: vec![options.out.clone()], out: dir.path().join("again"), ..options.clone() };
         run(&again);
         assert_eq!(tokens(&again, Split::Train), expected);
+        let other = Options { tokenizer: Spec::Gpt2, out: dir.path().join("other"), ..again };
+        assert!(error(&other).contains("its tokens are of bytes"));
     }
 
     #[test]
