@@ -96,3 +96,35 @@ fn progress() -> Box<dyn FnMut(u64, u64)> {
         }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::{Args as _, FromArgMatches};
+
+    fn vcycle_data(line: &str) -> Result<Outcome> {
+        let command = Args::augment_args(clap::Command::new("data"));
+        let matches = command.try_get_matches_from(std::iter::once("data").chain(line.split(' ')))?;
+        run(Args::from_arg_matches(&matches)?)
+    }
+
+    #[test]
+    fn a_folder_is_prepared_and_inspected() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().display();
+        for name in ["train.a", "val.a", "train.b", "c.txt"] {
+            std::fs::write(dir.path().join(name), name).unwrap();
+        }
+        vcycle_data(&format!("prepare {path} --out {path}/out --tokenizer bytes --ext a,b")).unwrap();
+        vcycle_data(&format!("inspect {path}/out")).unwrap();
+        let meta = data::Meta::read(&dir.path().join("out")).unwrap().unwrap();
+        assert_eq!((meta.train.documents, meta.val.documents), (2, 1));
+    }
+
+    #[test]
+    fn wrong_usage_is_refused() {
+        let message = vcycle_data("prepare x --out y --tokenizer gpt3").unwrap_err().to_string();
+        assert!(message.contains("unknown tokenizer `gpt3`"), "{message}");
+        assert!(vcycle_data("prepare --out y").is_err());
+    }
+}

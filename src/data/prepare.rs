@@ -346,6 +346,8 @@ mod tests {
         let again = Options { inputs: vec![options.out.clone()], out: dir.path().join("again"), ..options.clone() };
         run(&again);
         assert_eq!(tokens(&again, Split::Train), expected);
+        let other = Options { tokenizer: Spec::Gpt2, out: dir.path().join("other"), ..again };
+        assert!(error(&other).contains("its tokens are of bytes"));
     }
 
     #[test]
@@ -456,5 +458,23 @@ mod tests {
         assert!(!good.out.exists());
         run(&good);
         assert!(error(&good).contains("exists already"));
+    }
+
+    #[test]
+    fn a_damaged_parquet_file_is_an_error() {
+        let dir = corpus(&[]);
+        let path = dir.path().join("in/d.parquet");
+        write_parquet(&path, &[Some("p"), None, Some("q")]);
+        let bytes = fs::read(&path).unwrap();
+        let mut errors = 0;
+        for i in 0..bytes.len() {
+            let mut bytes = bytes.clone();
+            bytes[i] ^= 0xff;
+            fs::write(&path, bytes).unwrap();
+            let input = Input { path: path.clone(), split: None };
+            let result = input.open(256).and_then(|pieces| pieces.collect::<Result<Vec<_>>>());
+            errors += usize::from(result.is_err());
+        }
+        assert!(errors > bytes.len() / 4, "{errors} of {}", bytes.len()); // and no panic
     }
 }

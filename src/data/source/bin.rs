@@ -3,7 +3,8 @@
 use super::text::PART_BYTES;
 use super::{Content, Piece};
 use crate::data::shard::{self, Tokens};
-use crate::error::{Context, Result};
+use crate::data::{Meta, folder_of};
+use crate::error::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
 
 /// Tokens of a long document in one piece.
@@ -25,6 +26,9 @@ pub struct Documents {
 
 impl Documents {
     pub fn open(path: &Path, end_of_text: u16) -> Result<Documents> {
+        if let Some(Meta { tokenizer, end_of_text: own, .. }) = Meta::read(folder_of(path))? {
+            ensure!(own == end_of_text, "its tokens are of {tokenizer} (see meta.json): give that as --tokenizer");
+        }
         let (file, layout) = shard::open(path)?;
         let tokens = Tokens::new(file, layout);
         Ok(Documents {
