@@ -134,7 +134,9 @@ impl Bench {
         command.arg("train").arg(self.path("config.toml"));
         command.arg("--set").arg(format!("data.dir={}", self.path("data").display()));
         command.args(["--set", "parallel.threads=1"]);
-        settings.iter().for_each(|setting| drop(command.args(["--set", setting])));
+        for setting in settings {
+            command.args(["--set", setting]);
+        }
         command.arg("--run-dir").arg(run_dir).args(flags);
         command
     }
@@ -207,7 +209,9 @@ fn metrics(run: &Path) -> Vec<Value> {
 fn results(run: &Path) -> Vec<Value> {
     let timings = ["elapsed_s", "tokens_per_s", "mfu"];
     let mut lines = metrics(run);
-    lines.iter_mut().for_each(|line| timings.iter().for_each(|key| drop(line.as_object_mut().unwrap().remove(*key))));
+    for line in &mut lines {
+        line.as_object_mut().unwrap().retain(|key, _| !timings.contains(&key.as_str()));
+    }
     lines
 }
 
