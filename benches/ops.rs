@@ -6,6 +6,10 @@ use std::time::Instant;
 use vcycle::error::Result;
 use vcycle::ops::*;
 
+/// As in the binary: it decides what the scratch of the `gemm` crate costs.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 const SEQUENCES: usize = 4;
 const CONTEXT: usize = 256;
 const N: usize = SEQUENCES * CONTEXT;

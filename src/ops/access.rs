@@ -57,11 +57,11 @@ fn storage_address(tensor: &Tensor) -> *const Storage {
     &*tensor.storage_and_layout().0
 }
 
-/// Rows and columns of a matrix argument.
+/// Rows and columns of a matrix argument, neither 0.
 pub fn matrix_shape(op: &str, name: &str, tensor: &Tensor) -> Result<(usize, usize)> {
     match *tensor.dims() {
-        [rows, columns] => Ok((rows, columns)),
-        ref shape => bail!("{op}: {name} has shape {shape:?}, expected a matrix"),
+        [rows, columns] if rows > 0 && columns > 0 => Ok((rows, columns)),
+        ref shape => bail!("{op}: {name} has shape {shape:?}, expected a matrix that is not empty"),
     }
 }
 

@@ -6,7 +6,7 @@
 //! ```
 use super::access::{check, matrix_shape, on_cpu, read, write};
 use super::matrix::{Mat, MatMut, multiply};
-use super::real::{Real, reduce, vectorized, with_scratch};
+use super::real::{Real, dot, reduce, sum, vectorized, with_scratch};
 use crate::error::{Result, ensure};
 use candle_core::Tensor;
 use rayon::prelude::*;
@@ -172,22 +172,9 @@ fn softmax_row<T: Real>(row: &mut [T], visible: usize) -> T {
         || {
             let (x, hidden) = row.split_at_mut(visible);
             hidden.fill(T::zero());
-            let max = reduce(
-                x.len(),
-                T::NEG_INFINITY,
-                #[inline(always)]
-                |i| x[i],
-                T::larger,
-            );
+            let max = reduce(x, T::NEG_INFINITY, |x| x, T::larger);
             x.iter_mut().for_each(|x| *x = (*x - max).exp());
-            let sum = reduce(
-                x.len(),
-                T::zero(),
-                #[inline(always)]
-                |i| x[i],
-                #[inline(always)]
-                |a, b| a + b,
-            );
+            let sum = sum(x, |x| x);
             let inverse = T::one() / sum;
             x.iter_mut().for_each(|x| *x *= inverse);
             max + T::of(sum.to_f64().ln())
@@ -216,8 +203,7 @@ fn backward_head<T: Real>(
             multiply(1.0, dout, v.t(), 0.0, MatMut::new(ds, keys));
             for (i, (p, ds)) in p.chunks_exact_mut(keys).zip(ds.chunks_exact_mut(keys)).enumerate() {
                 let query = queries.start + i;
-                let delta = dot(dout.row(i), out.row(query));
-                score_gradient_row(p, ds, query + 1, lse[query], delta, T::of(head.scale()));
+                score_gradient_row([p, ds], query + 1, lse[query], [dout.row(i), out.row(query)], T::of(head.scale()));
             }
             let (p, ds) = (Mat::new(p, keys), Mat::new(ds, keys));
             multiply(1.0, p.t(), dout, beta, dv.block(0..keys, all.clone()));
@@ -228,11 +214,12 @@ fn backward_head<T: Real>(
     });
 }
 
-/// p = exp(p - lse), ds = p (ds - delta) scale; both 0 for keys that are not visible.
-fn score_gradient_row<T: Real>(p: &mut [T], ds: &mut [T], visible: usize, lse: T, delta: T, scale: T) {
+/// p = exp(p - lse), ds = p (ds - D) scale with D = ⟨dout, out⟩; both 0 for keys that are not visible.
+fn score_gradient_row<T: Real>([p, ds]: [&mut [T]; 2], visible: usize, lse: T, [dout, out]: [&[T]; 2], scale: T) {
     vectorized(
         #[inline(always)]
         || {
+            let delta = dot(dout, out);
             p[visible..].fill(T::zero());
             ds[visible..].fill(T::zero());
             for (p, ds) in p[..visible].iter_mut().zip(&mut ds[..visible]) {
@@ -241,22 +228,6 @@ fn score_gradient_row<T: Real>(p: &mut [T], ds: &mut [T], visible: usize, lse: T
             }
         },
     );
-}
-
-fn dot<T: Real>(x: &[T], y: &[T]) -> T {
-    vectorized(
-        #[inline(always)]
-        || {
-            reduce(
-                x.len().min(y.len()),
-                T::zero(),
-                #[inline(always)]
-                |i| x[i] * y[i],
-                #[inline(always)]
-                |a, b| a + b,
-            )
-        },
-    )
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 //! g = dy weight,   dx = rstd (g - mean(g) - x̂ mean(g x̂)),   dweight = Σ_rows dy x̂,   dbias = Σ_rows dy
 //! ```
 use super::access::{check, matrix_shape, on_cpu, read, write};
-use super::real::{Real, reduce, rows_per_piece, vectorized, with_scratch};
+use super::real::{Real, dot, rows_per_piece, sum, vectorized, with_scratch};
 use crate::error::Result;
 use candle_core::Tensor;
 use rayon::prelude::*;
@@ -99,16 +99,8 @@ fn normalize_rows<T: Real>(x: &[T], ln: &[T], stats: &[T], out: &mut [T]) {
 #[inline(always)]
 fn row_stats<T: Real>(x: &[T]) -> (T, T) {
     let d = T::of(x.len() as f64);
-    let mean = sum(
-        x.len(),
-        #[inline(always)]
-        |i| x[i],
-    ) / d;
-    let variance = sum(
-        x.len(),
-        #[inline(always)]
-        |i| (x[i] - mean) * (x[i] - mean),
-    ) / d;
+    let mean = sum(x, |x| x) / d;
+    let variance = sum(x, |x| (x - mean) * (x - mean)) / d;
     (mean, T::of(1.0 / (variance.to_f64() + EPS).sqrt()))
 }
 
@@ -123,45 +115,51 @@ fn normalize_row<T: Real>(x: &[T], ln: &[T], mean: T, rstd: T, out: &mut [T]) {
 /// dx += for these rows, dln = for these rows.
 fn backward_rows<T: Real>(dy: &[T], x: &[T], ln: &[T], stats: &[T], dx: &mut [T], dln: &mut [T]) {
     let d = ln.len() / 2;
-    vectorized(
-        #[inline(always)]
-        || {
-            dln.fill(T::zero());
-            let rows = dy.chunks_exact(d).zip(x.chunks_exact(d)).zip(stats.chunks_exact(2));
-            for (((dy, x), stats), dx) in rows.zip(dx.chunks_exact_mut(d)) {
-                backward_row(dy, x, &ln[..d], (stats[0], stats[1]), dx, dln);
-            }
-        },
-    );
+    with_scratch(2 * d, |row: &mut [T]| {
+        let (g, normal) = row.split_at_mut(d);
+        let (dweight, dbias) = dln.split_at_mut(d);
+        vectorized(
+            #[inline(always)]
+            || {
+                dweight.fill(T::zero());
+                dbias.fill(T::zero());
+                let rows = dy.chunks_exact(d).zip(x.chunks_exact(d)).zip(stats.chunks_exact(2));
+                for (((dy, x), stats), dx) in rows.zip(dx.chunks_exact_mut(d)) {
+                    parameter_gradient_row(dy, x, (stats[0], stats[1]), normal, dweight, dbias);
+                    g.iter_mut().zip(dy).zip(&ln[..d]).for_each(|((g, &dy), &weight)| *g = dy * weight);
+                    input_gradient_row(g, normal, stats[1], dx);
+                }
+            },
+        );
+    });
 }
 
+/// normal = x̂, dweight += dy x̂, dbias += dy
 #[inline(always)]
-fn backward_row<T: Real>(dy: &[T], x: &[T], weight: &[T], (mean, rstd): (T, T), dx: &mut [T], dln: &mut [T]) {
-    let d = x.len();
-    let (dy, weight) = (&dy[..d], &weight[..d]);
-    let mean_g = sum(
-        d,
-        #[inline(always)]
-        |i| dy[i] * weight[i],
-    ) / T::of(d as f64);
-    let mean_gx = sum(
-        d,
-        #[inline(always)]
-        |i| dy[i] * weight[i] * ((x[i] - mean) * rstd),
-    ) / T::of(d as f64);
-    let (dweight, dbias) = dln.split_at_mut(d);
-    let (dx, dbias) = (&mut dx[..d], &mut dbias[..d]);
-    for i in 0..d {
-        let normal = (x[i] - mean) * rstd;
-        dx[i] += rstd * (dy[i] * weight[i] - mean_g - normal * mean_gx);
-        dweight[i] += dy[i] * normal;
-        dbias[i] += dy[i];
+fn parameter_gradient_row<T: Real>(
+    dy: &[T],
+    x: &[T],
+    (mean, rstd): (T, T),
+    normal: &mut [T],
+    dweight: &mut [T],
+    dbias: &mut [T],
+) {
+    let outputs = normal.iter_mut().zip(dweight).zip(dbias);
+    for (((normal, dweight), dbias), (&dy, &x)) in outputs.zip(dy.iter().zip(x)) {
+        *normal = (x - mean) * rstd;
+        *dweight += dy * *normal;
+        *dbias += dy;
     }
 }
 
+/// dx += rstd (g - mean(g) - x̂ mean(g x̂))
 #[inline(always)]
-fn sum<T: Real>(n: usize, f: impl Fn(usize) -> T) -> T {
-    reduce(n, T::zero(), f, |a, b| a + b)
+fn input_gradient_row<T: Real>(g: &[T], normal: &[T], rstd: T, dx: &mut [T]) {
+    let d = T::of(g.len() as f64);
+    let (mean_g, mean_gx) = (sum(g, |g| g) / d, dot(g, normal) / d);
+    for ((dx, &g), &normal) in dx.iter_mut().zip(g).zip(normal) {
+        *dx += rstd * (g - mean_g - normal * mean_gx);
+    }
 }
 
 #[cfg(test)]

@@ -210,6 +210,9 @@ mod tests {
         let square = constant(1.0, &[3, 3], DType::F32);
         let wrong = message(forward(&square, &square, None, 1.0, 0.0, &square));
         assert!(wrong.contains("out shares its storage with x"), "{wrong}");
+        let empty = Tensor::zeros((0, 5), DType::F32, &candle_core::Device::Cpu).unwrap();
+        let wrong = message(forward(&empty, &w, Some(&b), 1.0, 0.0, &dy));
+        assert!(wrong.contains("x has shape [0, 5], expected a matrix that is not empty"), "{wrong}");
         let half = x.to_dtype(DType::BF16).unwrap();
         let wrong = message(forward(&half, &half, None, 1.0, 0.0, &half.matmul(&half.t().unwrap()).unwrap()));
         assert!(wrong.contains("no kernel for BF16"), "{wrong}");

@@ -119,6 +119,11 @@ fn tile_counts(rows: usize, cols: usize, threads: usize) -> (usize, usize) {
     const PACKING: usize = 16;
     /// A tile below this is not worth a task.
     const SMALLEST: usize = 96;
+    /// Below this the crate has kernels that do not give a part the bits of the whole.
+    const THIN: usize = 16;
+    if rows.min(cols) < THIN {
+        return (1, 1);
+    }
     let most = 3 * threads;
     let row_counts = 1..=(rows / SMALLEST).clamp(1, most);
     let counts = row_counts.flat_map(|row_tiles| {
@@ -146,7 +151,7 @@ pub fn multiply_parallel<T: Real>(alpha: f64, a: Mat<T>, b: Mat<T>, beta: f64, c
 /// c = beta c + alpha a b on this thread. beta = 0 does not read c.
 ///
 /// An element of c gets the same bits whatever larger product this one is a tile of: the `gemm` crate adds up k in
-/// an order that depends on k alone, but for products of at most 64 × 64.
+/// an order that depends on k alone, but for thin products and those of at most 64 × 64.
 pub fn multiply<T: Real>(alpha: f64, a: Mat<T>, b: Mat<T>, beta: f64, c: MatMut<T>) {
     assert!(a.rows == c.rows && a.cols == b.rows && b.cols == c.cols, "shapes of a product");
     // SAFETY: the views are in bounds by construction, their shapes fit, and c overlaps nothing.
@@ -200,7 +205,7 @@ mod tests {
     #[test]
     fn a_tile_has_the_bits_of_the_whole() {
         let element = |i: usize| ((i * 7919) % 1009) as f32 / 1009.0 - 0.5;
-        for (m, n, k) in [(300, 230, 100), (200, 200, 700), (97, 500, 1600)] {
+        for (m, n, k) in [(300, 230, 100), (200, 200, 700), (97, 500, 1600), (16, 500, 300)] {
             let (a, b): (Vec<f32>, Vec<f32>) = ((0..m * k).map(element).collect(), (0..n * k).map(element).collect());
             for (a, b) in [
                 (Mat::new(&a, k), Mat::new(&b, k).t()),
@@ -209,7 +214,7 @@ mod tests {
             ] {
                 let mut whole = vec![f32::NAN; m * n];
                 multiply(0.5, a, b, 0.0, MatMut::new(&mut whole, n));
-                for (row_tiles, col_tiles) in [(1, 2), (2, 1), (3, 2)] {
+                for (row_tiles, col_tiles) in [(1, 2), (1, 5), (m.div_ceil(96), 2)] {
                     let mut tiled = vec![f32::NAN; m * n];
                     for tile in 0..row_tiles * col_tiles {
                         let (rows, cols) = (part(m, row_tiles, tile / col_tiles), part(n, col_tiles, tile % col_tiles));

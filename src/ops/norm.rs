@@ -19,16 +19,7 @@ pub fn sum_of_squares(x: &Tensor) -> Result<f64> {
 fn piece<T: Real>(x: &[T]) -> f64 {
     vectorized(
         #[inline(always)]
-        || {
-            reduce(
-                x.len(),
-                0.0,
-                #[inline(always)]
-                |i| x[i].to_f64() * x[i].to_f64(),
-                #[inline(always)]
-                |a, b| a + b,
-            )
-        },
+        || reduce(x, 0.0, |x| x.to_f64() * x.to_f64(), |a, b| a + b),
     )
 }
 

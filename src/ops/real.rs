@@ -106,19 +106,45 @@ pub fn vectorized<R>(body: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(body)
 }
 
-/// Reduces `f(i)`, i = 0..n, with `combine`, from `identity`, in a fixed order that vectorises.
+/// Reduces f(x[0]), f(x[1]), ... with `combine`, from `identity`, in a fixed order that vectorises.
 #[inline(always)]
-pub fn reduce<A: Copy>(n: usize, identity: A, f: impl Fn(usize) -> A, combine: impl Fn(A, A) -> A) -> A {
+pub fn reduce<T: Copy, A: Copy>(x: &[T], identity: A, f: impl Fn(T) -> A, combine: impl Fn(A, A) -> A) -> A {
     let mut lanes = [identity; LANES];
-    let whole = n / LANES * LANES;
-    for start in (0..whole).step_by(LANES) {
-        for (lane, partial) in lanes.iter_mut().enumerate() {
-            *partial = combine(*partial, f(start + lane));
+    // zipped and with the rest apart: indexing or `chunks` would keep the compiler from vectorising
+    let vectors = x.chunks_exact(LANES);
+    let rest = vectors.remainder();
+    for x in vectors {
+        lanes.iter_mut().zip(x).for_each(|(lane, &x)| *lane = combine(*lane, f(x)));
+    }
+    lanes.iter_mut().zip(rest).for_each(|(lane, &x)| *lane = combine(*lane, f(x)));
+    fold(lanes, combine)
+}
+
+/// Σ f(x)
+#[inline(always)]
+pub fn sum<T: Real>(x: &[T], f: impl Fn(T) -> T) -> T {
+    reduce(x, T::zero(), f, |a, b| a + b)
+}
+
+/// Σ x y, as [`reduce`].
+#[inline(always)]
+pub fn dot<T: Real>(x: &[T], y: &[T]) -> T {
+    let len = x.len().min(y.len());
+    let ((x, x_rest), (y, y_rest)) = (x[..len].split_at(len / LANES * LANES), y[..len].split_at(len / LANES * LANES));
+    let mut lanes = [T::zero(); LANES];
+    // indexed: zipping three would keep the compiler from vectorising
+    for vector in 0..x.len() / LANES {
+        let (x, y) = (&x[vector * LANES..][..LANES], &y[vector * LANES..][..LANES]);
+        for lane in 0..LANES {
+            lanes[lane] = x[lane].mul_add(y[lane], lanes[lane]);
         }
     }
-    for i in whole..n {
-        lanes[i - whole] = combine(lanes[i - whole], f(i));
-    }
+    lanes.iter_mut().zip(x_rest.iter().zip(y_rest)).for_each(|(lane, (&x, &y))| *lane = x.mul_add(y, *lane));
+    fold(lanes, |a, b| a + b)
+}
+
+#[inline(always)]
+fn fold<A: Copy>(mut lanes: [A; LANES], combine: impl Fn(A, A) -> A) -> A {
     let mut width = LANES / 2;
     while width > 0 {
         for lane in 0..width {
@@ -160,9 +186,12 @@ mod tests {
     }
 
     #[test]
-    fn reduce_meets_every_element_once() {
+    fn reductions_meet_every_element_once() {
         for n in [0, 1, 31, 32, 33, 100] {
-            assert_eq!(reduce(n, 0, |i| i + 1, |a, b| a + b), n * (n + 1) / 2);
+            let x: Vec<usize> = (0..n).collect();
+            assert_eq!(reduce(&x, 0, |x| x + 1, |a, b| a + b), n * (n + 1) / 2);
+            let x: Vec<f64> = (0..n).map(|i| i as f64).collect();
+            assert_eq!(dot(&x, &x), x.iter().map(|x| x * x).sum::<f64>());
         }
     }
 
