@@ -3,9 +3,10 @@
 //! For MPI this file is also the program: a test starts `mpirun -n K` of this very executable, which then runs the
 //! ignored test [`one_rank`] with the scenario that the environment names.
 
+use candle_core::{Device, Tensor};
 use std::process::{Command, Output, Stdio};
-use std::time::{Duration, Instant};
-use vcycle::comm::{Communicator, Reduction, Solo, World, agree, thread};
+use std::time::Duration;
+use vcycle::comm::{Buckets, Communicator, Reduction, Solo, World, agree, thread};
 use vcycle::error::{Outcome, Result, anyhow, bail};
 
 const SCENARIO: &str = "VCYCLE_TEST_SCENARIO";
@@ -19,6 +20,7 @@ fn laws(comm: &mut dyn Communicator) {
     broadcasts_replace_content_and_length(comm);
     groups_work_by_themselves(comm);
     errors_are_agreed_on(comm);
+    gradients_are_summed_in_buckets(comm);
     comm.barrier().unwrap();
 }
 
@@ -111,6 +113,22 @@ fn errors_are_agreed_on(comm: &mut dyn Communicator) {
         let agreed = format!("{:#}", agree(comm, mine).unwrap_err());
         let expected = if first == 0 { "cannot read 0".into() } else { format!("rank {first}: cannot read {first}") };
         assert_eq!(agreed, expected);
+    }
+}
+
+fn gradients_are_summed_in_buckets(comm: &mut dyn Communicator) {
+    let (rank, size) = (comm.rank() as f32, comm.size() as f32);
+    let gradient = |rows, width| Tensor::full(rank + 1.0, (rows, width), &Device::Cpu).unwrap();
+    let (blocks, ends) = (gradient(4, 100_000), gradient(1, 300_000));
+    let mut buckets = Buckets::default();
+    for row in (0..4).rev() {
+        buckets.add(comm, &blocks, row).unwrap();
+    }
+    buckets.add(comm, &ends, 0).unwrap();
+    buckets.finish(comm).unwrap();
+    for sums in [blocks, ends] {
+        let sums: Vec<f32> = sums.flatten_all().unwrap().to_vec1().unwrap();
+        assert!(sums.iter().all(|&x| x == size * (size + 1.0) / 2.0));
     }
 }
 
@@ -287,7 +305,7 @@ mod processes {
 
     /// Ends within seconds, exit status 1, and says `message` once.
     fn fails(ranks: usize, scenario: &str, message: &str) {
-        let start = Instant::now();
+        let start = std::time::Instant::now();
         let output = mpirun(ranks, scenario);
         let (seconds, said) = (start.elapsed().as_secs_f64(), stderr(&output));
         assert_eq!(output.status.code(), Some(1), "{scenario}: {said}");
