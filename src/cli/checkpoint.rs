@@ -1,5 +1,6 @@
 //! `vcycle checkpoint list|verify|show`.
 
+use super::text;
 use crate::checkpoint::{Check, Checkpoint, Dataset, Folder, Manifest};
 use crate::error::{Outcome, Result, bail, ensure};
 use serde_json::{Value, json};
@@ -90,10 +91,10 @@ fn print_reports(reports: &[Report], json: bool) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(reports)?);
         return Ok(());
     }
-    println!("{:<16} {:<20} {:>10}  intact", "checkpoint", "date (UTC)", "MiB");
+    println!("{:<16} {:<20} {:>10}  intact", "checkpoint", "date (UTC)", "size");
     for report in reports {
         let (date, size) = match &report.manifest {
-            Some(manifest) => (manifest.created.as_str(), format!("{:.1}", mebibytes(manifest.bytes()))),
+            Some(manifest) => (manifest.created.as_str(), text::bytes(manifest.bytes())),
             None => ("?", "?".to_owned()),
         };
         let intact =
@@ -121,7 +122,7 @@ fn show(target: &Target) -> Result<()> {
     );
     println!("\nfiles");
     for file in &manifest.files {
-        println!("  {:<14} {:>10.1} MiB  sha256 {}", file.name, mebibytes(file.bytes), file.sha256);
+        println!("  {:<14} {:>10}  sha256 {}", file.name, text::bytes(file.bytes), file.sha256);
     }
     println!("\nvalues");
     for (name, value) in &values {
@@ -149,6 +150,38 @@ fn short(value: &Value) -> String {
     }
 }
 
-fn mebibytes(bytes: u64) -> f64 {
-    bytes as f64 / (1 << 20) as f64
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::{State, Visitor, Writer, value};
+
+    struct Counter(u64);
+
+    impl State for Counter {
+        fn visit(&mut self, visitor: &mut dyn Visitor) -> Result<()> {
+            value(visitor, "count", &mut self.0)
+        }
+    }
+
+    #[test]
+    fn damage_fails_verification_and_is_named() {
+        let run_dir = tempfile::tempdir().unwrap();
+        let config = crate::config::parse("[data]\ndir = 'x'", &[]).unwrap();
+        let mut writer = Writer::new(run_dir.path(), &config, true).unwrap();
+        for step in [1, 2] {
+            writer.save(step, &mut Counter(step)).unwrap();
+        }
+        writer.finish().unwrap();
+        let target = |path: &Path| Target { path: path.to_owned(), json: true };
+        let checkpoints = run_dir.path().join("checkpoints");
+        for path in [run_dir.path(), &checkpoints, &checkpoints.join("step-00000002")] {
+            verify(&target(path)).unwrap();
+            show(&target(path)).unwrap();
+        }
+        std::fs::write(checkpoints.join("step-00000002/progress.json"), "{}").unwrap();
+        assert_eq!(verify(&target(run_dir.path())).unwrap_err().to_string(), "damaged: step-00000002");
+        let listed = reports(run_dir.path(), Check::Sizes).unwrap();
+        assert!(listed[0].problems.is_empty());
+        assert!(listed[1].problems[0].contains("step-00000002/progress.json: expected"), "{:?}", listed[1].problems);
+    }
 }

@@ -1,5 +1,6 @@
 //! `vcycle doctor`: is this machine fit to train on? One line a check, with what to do.
 
+use super::text;
 use crate::comm::{Reduction, World};
 use crate::error::{Context, Outcome, Result, bail};
 use crate::ops::matrix::{Mat, MatMut, multiply, multiply_parallel};
@@ -143,15 +144,15 @@ fn simd() -> Vec<&'static str> {
 }
 
 fn check_memory() -> Check {
-    let kib = |key| field("/proc/meminfo", key).and_then(|v| v.trim_end_matches(" kB").parse::<u64>().ok());
-    let (Some(total), Some(available)) = (kib("MemTotal"), kib("MemAvailable")) else {
+    let bytes =
+        |key| field("/proc/meminfo", key).and_then(|v| v.trim_end_matches(" kB").parse::<u64>().ok()).map(|k| k << 10);
+    let (Some(total), Some(available)) = (bytes("MemTotal"), bytes("MemAvailable")) else {
         return Check::ok("memory", "unknown: /proc/meminfo cannot be read");
     };
-    let gib = |kib: u64| kib as f64 / (1 << 20) as f64;
-    let limit = fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|v| v.trim().parse::<u64>().ok());
-    let limit = limit.map(|bytes| format!(", limited to {:.1} GiB here", gib(bytes >> 10))).unwrap_or_default();
-    Check::ok("memory", format!("{:.1} GiB available of {:.1} GiB{limit}", gib(available), gib(total)))
-        .warn_if(gib(available) < 1.0, "less than 1 GiB is available: `vcycle plan` says what a config needs")
+    let limit = fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|v| v.trim().parse().ok());
+    let limit = limit.map(|limit| format!(", limited to {} here", text::bytes(limit))).unwrap_or_default();
+    Check::ok("memory", format!("{} available of {}{limit}", text::bytes(available), text::bytes(total)))
+        .warn_if(available < 1 << 30, "less than 1 GiB is available: `vcycle plan` says what a config needs")
 }
 
 /// The value of `key : value` in a file of /proc.
@@ -262,9 +263,9 @@ fn check_file_system() -> Check {
         None => (format!("file system of type {magic:#x}"), false),
     };
     let off = std::env::var("HDF5_USE_FILE_LOCKING").is_ok_and(|v| v == "FALSE" || v == "0");
-    let gib = (stat.f_bavail as u64 * stat.f_bsize as u64) as f64 / (1 << 30) as f64;
-    let check = Check::ok("files", format!("{name}, {gib:.1} GiB free in the current folder"));
-    if gib < 1.0 {
+    let free = stat.f_bavail as u64 * stat.f_bsize as u64;
+    let check = Check::ok("files", format!("{name}, {} free in the current folder", text::bytes(free)));
+    if free < 1 << 30 {
         return check.warn_if(true, "less than 1 GiB is free: `vcycle plan` says what a checkpoint needs");
     }
     check.warn_if(
@@ -332,7 +333,7 @@ fn check_ranks(world: &mut Result<World>) -> Vec<Check> {
             return vec![Check::fail(
                 "ranks",
                 format!("{e:#}"),
-                "see docs/ for how to launch; try mpirun -n 2 vcycle doctor",
+                "docs/CLUSTER.md says how to launch; a first try: mpirun -n 2 vcycle doctor",
             )];
         }
     };
@@ -366,7 +367,7 @@ fn judge_binding(ranks_on: &[f64], local: usize, mine: usize) -> Check {
     let sharing = ranks_on.iter().copied().fold(0.0, f64::max) as usize;
     let check = Check::ok(
         "binding",
-        format!("{local} on {cores} cores of this node, {mine} for rank 0, up to {sharing} ranks a core"),
+        format!("{local} rank(s) on {cores} cores of this node, {mine} for rank 0, at most {sharing} rank(s) a core"),
     );
     let each = (cores / local).max(1);
     if cores < local {
