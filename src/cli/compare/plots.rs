@@ -36,8 +36,8 @@ const PANEL_HEIGHT: u32 = 240;
 const FONT: (&str, u32) = ("sans-serif", 15);
 /// More switches than this are not marked one by one: they would cover the curve.
 const MARKED_SWITCHES: usize = 24;
-/// A validation plot's top over the loss to meet, so that one per cent of it can be seen.
-const ZOOM: f64 = 1.25;
+/// A validation plot's top over the loss to meet: the coarse levels show, and one per cent of the loss can be seen.
+const ZOOM: f64 = 1.6;
 /// The same for training losses, which are noisier and differ more between levels.
 const TRAIN_ZOOM: f64 = 1.8;
 
