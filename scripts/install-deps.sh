@@ -11,9 +11,14 @@ hdf5() {
     [ -n "${HDF5_DIR:-}" ] || command -v h5cc || command -v h5pcc || pkg-config --exists hdf5 ||
         pkg-config --exists hdf5-serial
 }
+# Where bindgen looks. Neither llvm-config nor libclang-cpp says that libclang itself is there.
 libclang() {
-    [ -n "${LIBCLANG_PATH:-}" ] || command -v llvm-config ||
-        compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' || compgen -G '/usr/lib*/libclang*.so*'
+    local folder
+    [ -z "${LIBCLANG_PATH:-}" ] || return 0
+    for folder in "$(llvm-config --libdir)" /usr/lib/llvm-*/lib /usr/lib /usr/lib64 /usr/lib/*-linux-gnu; do
+        if compgen -G "$folder/libclang.so*" || compgen -G "$folder/libclang-[0-9]*.so*"; then return 0; fi
+    done
+    return 1
 }
 h5py() { python3 -c 'import h5py' || /usr/bin/python3 -c 'import h5py'; }
 dependencies='

@@ -12,6 +12,7 @@ mod train;
 
 use crate::comm::World;
 use crate::error::{Outcome, Result, exit_code};
+use crate::run::Console;
 use clap::{Args, Parser, Subcommand};
 use std::path::{Path, PathBuf};
 
@@ -57,8 +58,11 @@ enum Command {
 /// wrong usage prints help and exits 2.
 pub fn main() -> u8 {
     let Cli { command } = Cli::parse();
-    let Command::Train(args) = command else { return finish(run(command)) };
     // Only training runs on several ranks.
+    let Command::Train(args) = command else {
+        Console::install(0);
+        return finish(run(command));
+    };
     match World::init() {
         Ok(mut world) => {
             let result = train::run(args, &mut world);

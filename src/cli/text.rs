@@ -21,6 +21,15 @@ pub fn percent(fraction: f64) -> String {
     format!("{:.1} %", 100.0 * fraction).replace('-', "−")
 }
 
+/// Seconds as seconds, minutes or hours.
+pub fn duration(seconds: f64) -> String {
+    match seconds {
+        s if s < 120.0 => format!("{s:.1} s"),
+        s if s < 7200.0 => format!("{:.1} min", s / 60.0),
+        s => format!("{:.2} h", s / 3600.0),
+    }
+}
+
 /// FLOPs in TFLOP, three significant digits from 0.1 on.
 pub fn tera(flops: u128) -> String {
     significant(flops as f64 / 1e12)
@@ -67,5 +76,6 @@ mod tests {
         assert_eq!([count(12_345), count(124_000_000)], ["12.3 k", "124 M"]);
         assert_eq!([tera(27_500_000_000_000), tera(1_000_000_000)], ["27.5", "0.001"]);
         assert_eq!(percent(-0.015), "−1.5 %");
+        assert_eq!([duration(9.0), duration(300.0), duration(36_000.0)], ["9.0 s", "5.0 min", "10.00 h"]);
     }
 }

@@ -20,7 +20,9 @@ pub fn use_threads(wanted: usize, ranks_on_node: usize) -> Result<usize> {
     let (may_use, machine) = cores();
     let share = if may_use < machine { may_use } else { machine / ranks_on_node };
     let threads = if wanted > 0 { wanted } else { share.max(1) };
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("cannot start the thread pool")?;
+    // The calling thread is one of them: an operation need not wake another thread and wait for it.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).use_current_thread();
+    pool.build_global().context("cannot start the thread pool")?;
     Ok(threads)
 }
 

@@ -3,6 +3,7 @@
 use super::analysis::{Comparison, Run, Settings};
 use super::plots::{self, Plot};
 use super::table;
+use crate::cli::text::percent;
 use plotters::style::RGBColor;
 use std::fmt::Write;
 
@@ -43,9 +44,7 @@ fn tiles(comparison: &Comparison) -> String {
         ];
         let tiles: String = figures
             .iter()
-            .filter_map(|(saved, what)| {
-                Some(format!("<div class=tile><b>{}</b>{what}</div>", table::percent((*saved)?)))
-            })
+            .filter_map(|(saved, what)| Some(format!("<div class=tile><b>{}</b>{what}</div>", percent((*saved)?))))
             .collect();
         if !tiles.is_empty() {
             let _ = writeln!(out, "<h2>{}</h2>\n<div class=tiles>{tiles}</div>", escape(label));

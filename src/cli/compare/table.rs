@@ -1,6 +1,7 @@
 //! The table of a comparison: its rows, and as text for a terminal.
 
 use super::analysis::{Comparison, Cost};
+use crate::cli::text::{duration, percent, table, tera};
 use std::fmt::Write;
 
 /// Column headings of [`rows`].
@@ -52,16 +53,7 @@ pub fn rows(comparison: &Comparison) -> Vec<[String; 10]> {
 pub fn text(comparison: &Comparison) -> String {
     let mut lines = rows(comparison);
     lines.insert(0, HEADINGS.map(str::to_owned));
-    let width = |column: usize| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..HEADINGS.len()).map(width).collect();
-    let mut out = String::new();
-    for line in &lines {
-        let _ = write!(out, "{:<1$}", line[0], widths[0]);
-        line.iter().zip(&widths).skip(1).for_each(|(cell, width)| {
-            let _ = write!(out, "  {cell:>width$}");
-        });
-        out.push('\n');
-    }
+    let mut out = table(&lines);
     for sentence in not_reached(comparison) {
         let _ = writeln!(out, "{sentence}");
     }
@@ -79,31 +71,6 @@ pub fn not_reached(comparison: &Comparison) -> impl Iterator<Item = String> {
             saving.run, comparison.baseline.val_loss
         )
     })
-}
-
-pub fn percent(fraction: f64) -> String {
-    format!("{:.1} %", 100.0 * fraction).replace('-', "−")
-}
-
-/// FLOPs in TFLOP with at least three significant digits.
-fn tera(flops: u128) -> String {
-    let tera = flops as f64 / 1e12;
-    let decimals = if tera >= 100.0 {
-        0
-    } else if tera >= 10.0 {
-        1
-    } else {
-        3
-    };
-    format!("{tera:.decimals$}")
-}
-
-fn duration(seconds: f64) -> String {
-    match seconds {
-        s if s < 120.0 => format!("{s:.1} s"),
-        s if s < 7200.0 => format!("{:.1} min", s / 60.0),
-        s => format!("{:.2} h", s / 3600.0),
-    }
 }
 
 #[cfg(test)]
