@@ -1,7 +1,11 @@
 #!/usr/bin/env python3
-"""The rival: the same training step (forward, backward, clip, AdamW) in PyTorch eager. Prints JSON.
+"""The rival: the training step of `vcycle bench step` (forward, backward, clip, AdamW) in PyTorch on the CPU.
 
-    python benches/pytorch_step.py --batch 4 --context 256 --vocab 50257
+    python benches/pytorch_step.py --batch 4 --context 256 --vocab 50257 [--compile]
+
+Prints JSON. The net is that of tests/oracle (flash attention, tanh GELU, tied head) in the usual GPT form; the optimizer is
+PyTorch's fused AdamW. With --serve it reads a number of steps from each line of standard input and prints their seconds,
+as `vcycle bench step --serve` does.
 """
 
 import argparse
@@ -16,44 +20,92 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests" / "oracle"))
 from gpt_oracle import Net  # noqa: E402
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-defaults = dict(depth=12, width=256, heads=8, context=256, batch=4, vocab=50257, threads=2, steps=10, warmup=2)
-for name, default in defaults.items():
-    parser.add_argument(f"--{name}", type=int, default=default)
-parser.add_argument("--integrator", default="euler")
-args = parser.parse_args()
-
-torch.manual_seed(1337)
-torch.set_num_threads(args.threads)
-net = Net(args.vocab, args.width, args.heads, args.context, args.depth, args.integrator)
-for p in net.parameters():
-    if p.dim() == 2:
-        torch.nn.init.normal_(p, std=0.02)
-optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
-tokens, targets = torch.randint(args.vocab, (2, args.batch, args.context))
+WARM_UP = 3
 
 
-def step():
-    optimizer.zero_grad(set_to_none=True)
-    loss = net(tokens, targets, reduction="mean")
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-    optimizer.step()
-    return loss.item()
+def memory(key):
+    """Bytes of this process: VmRSS resident now, VmHWM the most at once."""
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"/proc/self/status has no {key}")
 
 
-seconds = []
-for n in range(args.warmup + args.steps):
-    start = time.perf_counter()
-    step()
-    if n >= args.warmup:
+def gpt_block(block, h, x):
+    """Euler's step at h = 1, without the multiplications and additions that only other h need."""
+    x = x + block.sa(x)
+    return x + block.ff(x)
+
+
+def build(args):
+    """A function that does one training step."""
+    torch.manual_seed(1337)
+    net = Net(args.vocab, args.width, args.heads, args.context, args.depth)
+    net.step = gpt_block
+    for p in net.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.02)
+    groups = [
+        {"params": [p for p in net.parameters() if p.dim() == 2], "weight_decay": 0.1},
+        {"params": [p for p in net.parameters() if p.dim() != 2], "weight_decay": 0.0},
+    ]
+    implementation = {"fused": {"fused": True}, "foreach": {"foreach": True}, "loop": {"foreach": False}}
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), **implementation[args.adamw])
+    forward = torch.compile(net, dynamic=False) if args.compile else net
+
+    def step():
+        tokens, targets = torch.randint(args.vocab, (2, args.batch, args.context))
+        optimizer.zero_grad(set_to_none=True)
+        loss = forward(tokens, targets, reduction="mean")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def timed(step, count):
+    seconds = []
+    for _ in range(count):
+        start = time.perf_counter()
+        step()
         seconds.append(time.perf_counter() - start)
-median = statistics.median(seconds)
-report = {
-    "torch": torch.__version__,
-    **vars(args),
-    "seconds_per_step": round(median, 4),
-    "fastest_seconds_per_step": round(min(seconds), 4),
-    "tokens_per_s": round(args.batch * args.context / median, 1),
-}
-print(json.dumps(report))
+    return seconds
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    defaults = dict(depth=12, width=256, heads=8, context=256, batch=4, vocab=50257, threads=2, steps=7)
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the net (needs a C++ compiler)")
+    parser.add_argument("--adamw", default="fused", choices=["fused", "foreach", "loop"])
+    parser.add_argument("--serve", action="store_true")
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    before = memory("VmRSS")
+    step = build(args)
+    timed(step, WARM_UP)
+    usage = {"before": before, "peak": memory("VmHWM")}
+    if args.serve:
+        print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "memory": usage}), flush=True)
+        for line in sys.stdin:
+            print(json.dumps({"step_s": timed(step, int(line))}), flush=True)
+        return
+    seconds = timed(step, args.steps)
+    median = statistics.median(seconds)
+    report = {
+        "torch": torch.__version__,
+        **vars(args),
+        "step_s": median,
+        "fastest_step_s": min(seconds),
+        "tokens_per_s": args.batch * args.context / median,
+        "memory": usage,
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

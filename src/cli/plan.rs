@@ -103,13 +103,13 @@ struct PhaseRow {
 
 /// Bytes a rank.
 #[derive(Serialize)]
-struct RankMemory {
+pub(super) struct RankMemory {
     #[serde(flatten)]
     levels: Memory,
     /// Activations and scratch of one micro-batch.
     workspace: u64,
     micro_batch: usize,
-    total: u64,
+    pub(super) total: u64,
 }
 
 impl From<Flops> for Work {
@@ -237,7 +237,7 @@ impl PhaseRow {
 }
 
 impl RankMemory {
-    fn new(config: &Config, spec: &Spec, ranks: usize) -> RankMemory {
+    pub(super) fn new(config: &Config, spec: &Spec, ranks: usize) -> RankMemory {
         let moments = optim::new(&config.optimizer).moments().len();
         let levels = memory(config, spec, moments);
         let micro_batch = run::micro_batch(config, ranks);

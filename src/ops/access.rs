@@ -2,6 +2,7 @@
 //!
 //! Reading holds a read lock of the storage, writing its write lock ([`check`] refuses the argument lists that would
 //! wait for themselves).
+use super::profile;
 use super::real::{PIECE, Real};
 use crate::error::{Result, anyhow, bail, ensure};
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Storage, Tensor, WithDType};
@@ -144,7 +145,9 @@ fn contiguous_range(layout: &Layout) -> Result<Range<usize>> {
 
 /// x = value, all elements.
 pub fn fill(x: &Tensor, value: f64) -> Result<()> {
-    on_cpu!("fill", x, T => write(x, |x: &mut [T]| {
+    const OP: &str = "fill";
+    let _time = profile::time(OP);
+    on_cpu!(OP, x, T => write(x, |x: &mut [T]| {
         let value = T::of(value);
         x.par_chunks_mut(PIECE).for_each(|piece| piece.fill(value));
         Ok(())
@@ -154,6 +157,7 @@ pub fn fill(x: &Tensor, value: f64) -> Result<()> {
 /// out = source, same shape.
 pub fn copy(source: &Tensor, out: &Tensor) -> Result<()> {
     const OP: &str = "copy";
+    let _time = profile::time(OP);
     check(OP, source.dtype(), &[("source", source, source.dims())], &[("out", out, source.dims())])?;
     on_cpu!(OP, out, T => {
         let source = read::<T>(source)?;

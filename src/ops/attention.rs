@@ -6,6 +6,7 @@
 //! ```
 use super::access::{check, matrix_shape, on_cpu, read, write};
 use super::matrix::{Mat, MatMut, multiply};
+use super::profile;
 use super::real::{Real, dot, reduce, sum, vectorized, with_scratch};
 use crate::error::{Result, ensure};
 use candle_core::Tensor;
@@ -19,6 +20,7 @@ const BLOCK: usize = 64;
 /// log-sum-exp of each row of scaled scores, all that the backward needs. Never holds T×T: query blocks, causal part only.
 pub fn forward(qkv: &Tensor, context: usize, heads: usize, out: &Tensor, lse: &Tensor) -> Result<()> {
     const OP: &str = "attention::forward";
+    let _time = profile::time(OP);
     let shape = Shape::of(OP, qkv, context, heads)?;
     let outputs = [("out", out, &shape.out()[..]), ("lse", lse, &shape.lse())];
     check(OP, qkv.dtype(), &[("qkv", qkv, &shape.qkv())], &outputs)?;
@@ -48,6 +50,7 @@ pub fn backward(
     dqkv: &Tensor,
 ) -> Result<()> {
     const OP: &str = "attention::backward";
+    let _time = profile::time(OP);
     let shape = Shape::of(OP, qkv, context, heads)?;
     let inputs = [
         ("qkv", qkv, &shape.qkv()[..]),

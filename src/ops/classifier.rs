@@ -8,6 +8,7 @@
 //! tile of w meets the chunk's x, then a tile of dz meets both, while they are in the cache; w is never packed.
 use super::access::{check, check_indices, matrix_shape, on_cpu, read, write};
 use super::matrix::{Mat, MatMut, multiply};
+use super::profile;
 use super::real::{PIECE, Real, vectorized, with_scratch};
 use crate::error::Result;
 use candle_core::{DType, Tensor};
@@ -24,6 +25,7 @@ const TASK: usize = 4;
 /// Columns that pad the vocabulary count as logits like the others.
 pub fn loss(x: &Tensor, w: &Tensor, targets: &Tensor, logits: &Tensor) -> Result<f64> {
     const OP: &str = "classifier::loss";
+    let _time = profile::time(OP);
     let Shape { n, d, vocab, chunk } = Shape::of(OP, x, w, logits)?;
     check(OP, DType::U32, &[("targets", targets, &[n])], &[])?;
     check(OP, x.dtype(), &[("x", x, &[n, d]), ("w", w, &[vocab, d])], &[("logits", logits, &[chunk, vocab])])?;
@@ -48,6 +50,7 @@ pub fn loss_and_gradient(
     dw: &Tensor,
 ) -> Result<f64> {
     const OP: &str = "classifier::loss_and_gradient";
+    let _time = profile::time(OP);
     let Shape { n, d, vocab, chunk } = Shape::of(OP, x, w, logits)?;
     let outputs = [("logits", logits, &[chunk, vocab][..]), ("dx", dx, &[n, d]), ("dw", dw, &[vocab, d])];
     check(OP, DType::U32, &[("targets", targets, &[n])], &[])?;
@@ -188,6 +191,7 @@ impl<'a, T: Real> Chunk<'a, T> {
 
 /// max = column maxima of z [_, rows], z = exp (z - max), sum = column sums of that.
 fn exponentials<T: Real>(z: &mut [T], max: &mut [T], sum: &mut [T]) {
+    let _time = profile::time_on_thread("classifier::softmax");
     let rows = max.len();
     vectorized(
         #[inline(always)]
@@ -239,6 +243,7 @@ fn combine<T: Real>(tiles: &mut [T], whole: &mut Stats<T>) {
 
 /// z = z * scale * factors, a factor a column.
 fn scale_columns<T: Real>(z: &mut [T], scale: T, factors: &mut [T]) {
+    let _time = profile::time_on_thread("classifier::softmax");
     vectorized(
         #[inline(always)]
         || {

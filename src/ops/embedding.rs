@@ -1,6 +1,7 @@
 //! Token and position embedding.
 use super::access::{check, check_indices, matrix_shape, on_cpu, read, write};
 use super::matrix::MatMut;
+use super::profile;
 use super::real::{Real, rows_per_piece};
 use crate::error::Result;
 use candle_core::{DType, Tensor};
@@ -9,6 +10,7 @@ use rayon::prelude::*;
 /// out[i] = wte[tokens[i]] + wpe[i mod T]   (=).  tokens U32 [n], wte [V, d], wpe [T, d], out [n, d].
 pub fn forward(tokens: &Tensor, wte: &Tensor, wpe: &Tensor, out: &Tensor) -> Result<()> {
     const OP: &str = "embedding::forward";
+    let _time = profile::time(OP);
     let n = tokens.elem_count();
     let (vocab, d) = matrix_shape(OP, "wte", wte)?;
     let (context, _) = matrix_shape(OP, "wpe", wpe)?;
@@ -33,6 +35,7 @@ pub fn forward(tokens: &Tensor, wte: &Tensor, wpe: &Tensor, out: &Tensor) -> Res
 /// number of threads.
 pub fn backward(tokens: &Tensor, dx: &Tensor, dwte: &Tensor, dwpe: &Tensor) -> Result<()> {
     const OP: &str = "embedding::backward";
+    let _time = profile::time(OP);
     let n = tokens.elem_count();
     let (vocab, d) = matrix_shape(OP, "dwte", dwte)?;
     let (context, _) = matrix_shape(OP, "dwpe", dwpe)?;

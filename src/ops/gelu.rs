@@ -5,6 +5,7 @@
 //! gelu'(x) = σ + x σ (1 - σ) 2u',          u' = √(2/π) (1 + 3 · 0.044715 x²)
 //! ```
 use super::access::{check, on_cpu, read, write};
+use super::profile;
 use super::real::{PIECE, Real, vectorized};
 use crate::error::Result;
 use candle_core::Tensor;
@@ -17,6 +18,7 @@ const CUBIC: f64 = 0.044715;
 /// out = gelu(x) (=), any shape.
 pub fn forward(x: &Tensor, out: &Tensor) -> Result<()> {
     const OP: &str = "gelu::forward";
+    let _time = profile::time(OP);
     check(OP, x.dtype(), &[("x", x, x.dims())], &[("out", out, x.dims())])?;
     on_cpu!(OP, out, T => {
         let x = read::<T>(x)?;
@@ -30,6 +32,7 @@ pub fn forward(x: &Tensor, out: &Tensor) -> Result<()> {
 /// d = d * gelu'(x), in place.
 pub fn backward(x: &Tensor, d: &Tensor) -> Result<()> {
     const OP: &str = "gelu::backward";
+    let _time = profile::time(OP);
     check(OP, x.dtype(), &[("x", x, x.dims())], &[("d", d, x.dims())])?;
     on_cpu!(OP, d, T => {
         let x = read::<T>(x)?;

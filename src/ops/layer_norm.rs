@@ -5,6 +5,7 @@
 //! g = dy weight,   dx = rstd (g - mean(g) - x̂ mean(g x̂)),   dweight = Σ_rows dy x̂,   dbias = Σ_rows dy
 //! ```
 use super::access::{check, matrix_shape, on_cpu, read, write};
+use super::profile;
 use super::real::{Real, dot, rows_per_piece, sum, vectorized, with_scratch};
 use crate::error::Result;
 use candle_core::Tensor;
@@ -16,6 +17,7 @@ const EPS: f64 = 1e-5;
 /// x, out [n, d]; ln [2, d]: weight in row 0, bias in row 1; stats [n, 2]; variance without Bessel, eps 1e-5.
 pub fn forward(x: &Tensor, ln: &Tensor, out: &Tensor, stats: &Tensor) -> Result<()> {
     const OP: &str = "layer_norm::forward";
+    let _time = profile::time(OP);
     let (n, d) = matrix_shape(OP, "x", x)?;
     let outputs = [("out", out, &[n, d][..]), ("stats", stats, &[n, 2])];
     check(OP, x.dtype(), &[("x", x, &[n, d]), ("ln", ln, &[2, d])], &outputs)?;
@@ -33,6 +35,7 @@ pub fn forward(x: &Tensor, ln: &Tensor, out: &Tensor, stats: &Tensor) -> Result<
 /// The same output from kept stats (=); used to recompute LN x in the backward pass instead of storing it.
 pub fn normalize(x: &Tensor, ln: &Tensor, stats: &Tensor, out: &Tensor) -> Result<()> {
     const OP: &str = "layer_norm::normalize";
+    let _time = profile::time(OP);
     let (n, d) = matrix_shape(OP, "x", x)?;
     let inputs = [("x", x, &[n, d][..]), ("ln", ln, &[2, d]), ("stats", stats, &[n, 2])];
     check(OP, x.dtype(), &inputs, &[("out", out, &[n, d])])?;
@@ -50,6 +53,7 @@ pub fn normalize(x: &Tensor, ln: &Tensor, stats: &Tensor, out: &Tensor) -> Resul
 /// dx += dL/dx, dln += dL/d(weight, bias) given dy. Shapes as in [`forward`].
 pub fn backward(dy: &Tensor, x: &Tensor, ln: &Tensor, stats: &Tensor, dx: &Tensor, dln: &Tensor) -> Result<()> {
     const OP: &str = "layer_norm::backward";
+    let _time = profile::time(OP);
     let (n, d) = matrix_shape(OP, "x", x)?;
     let inputs = [("dy", dy, &[n, d][..]), ("x", x, &[n, d]), ("ln", ln, &[2, d]), ("stats", stats, &[n, 2])];
     check(OP, x.dtype(), &inputs, &[("dx", dx, &[n, d]), ("dln", dln, &[2, d])])?;

@@ -1,6 +1,7 @@
 //! Affine map of rows: y = x wᵀ + b.
 use super::access::{check, matrix_shape, on_cpu, read, write};
 use super::matrix::{Mat, MatMut, for_each_tile, multiply, multiply_parallel};
+use super::profile;
 use super::real::{Real, rows_per_piece, vectorized, with_scratch};
 use crate::error::Result;
 use candle_core::Tensor;
@@ -11,6 +12,7 @@ pub fn forward(x: &Tensor, w: &Tensor, b: Option<&Tensor>, alpha: f64, beta: f64
     const OP: &str = "linear::forward";
     let (n, i) = matrix_shape(OP, "x", x)?;
     let (o, _) = matrix_shape(OP, "w", w)?;
+    let _time = profile::time_product(OP, [o, i]);
     check(OP, x.dtype(), &[("x", x, &[n, i]), ("w", w, &[o, i])], &[("out", out, &[n, o])])?;
     if let Some(b) = b {
         check(OP, x.dtype(), &[("b", b, &[o])], &[("out", out, &[n, o])])?;
@@ -38,6 +40,7 @@ pub fn backward_input(dy: &Tensor, w: &Tensor, alpha: f64, beta: f64, dx: &Tenso
     const OP: &str = "linear::backward_input";
     let (n, o) = matrix_shape(OP, "dy", dy)?;
     let (_, i) = matrix_shape(OP, "w", w)?;
+    let _time = profile::time_product(OP, [o, i]);
     check(OP, dy.dtype(), &[("dy", dy, &[n, o]), ("w", w, &[o, i])], &[("dx", dx, &[n, i])])?;
     on_cpu!(OP, dx, T => {
         let (dy, w) = (read::<T>(dy)?, read::<T>(w)?);
@@ -54,6 +57,7 @@ pub fn backward_weight(dy: &Tensor, x: &Tensor, alpha: f64, dw: &Tensor, db: Opt
     const OP: &str = "linear::backward_weight";
     let (n, o) = matrix_shape(OP, "dy", dy)?;
     let (_, i) = matrix_shape(OP, "x", x)?;
+    let _time = profile::time_product(OP, [o, i]);
     check(OP, dy.dtype(), &[("dy", dy, &[n, o]), ("x", x, &[n, i])], &[("dw", dw, &[o, i])])?;
     if let Some(db) = db {
         check(OP, dy.dtype(), &[("dy", dy, &[n, o])], &[("db", db, &[o])])?;

@@ -1,5 +1,6 @@
 //! Euclidean norm of a whole tensor.
 use super::access::{on_cpu, read};
+use super::profile;
 use super::real::{PIECE, Real, reduce, vectorized, with_scratch};
 use crate::error::Result;
 use candle_core::Tensor;
@@ -7,7 +8,9 @@ use rayon::prelude::*;
 
 /// Σ x², accumulated in f64, in an order that does not depend on the number of threads. x contiguous, any shape.
 pub fn sum_of_squares(x: &Tensor) -> Result<f64> {
-    on_cpu!("norm::sum_of_squares", x, T => {
+    const OP: &str = "norm::sum_of_squares";
+    let _time = profile::time(OP);
+    on_cpu!(OP, x, T => {
         let x = read::<T>(x)?;
         Ok(with_scratch(x.len().div_ceil(PIECE), |partials: &mut [f64]| {
             x.par_chunks(PIECE).zip(partials.par_iter_mut()).for_each(|(x, partial)| *partial = piece(x));

@@ -1,5 +1,6 @@
 //! Sums of states: the steps of the integrators.
 use super::access::{check, on_cpu, read, write};
+use super::profile;
 use super::real::{PIECE, Real, vectorized};
 use crate::error::Result;
 use candle_core::Tensor;
@@ -8,6 +9,7 @@ use rayon::prelude::*;
 /// out = a x + b y (=), all of one shape. `out` may be neither x nor y.
 pub fn combine(a: f64, x: &Tensor, b: f64, y: &Tensor, out: &Tensor) -> Result<()> {
     const OP: &str = "residual::combine";
+    let _time = profile::time(OP);
     let shape = out.dims();
     check(OP, out.dtype(), &[("x", x, shape), ("y", y, shape)], &[("out", out, shape)])?;
     on_cpu!(OP, out, T => {
@@ -24,6 +26,7 @@ pub fn combine(a: f64, x: &Tensor, b: f64, y: &Tensor, out: &Tensor) -> Result<(
 /// out = a out + b x, in place.
 pub fn scale_add(a: f64, out: &Tensor, b: f64, x: &Tensor) -> Result<()> {
     const OP: &str = "residual::scale_add";
+    let _time = profile::time(OP);
     check(OP, out.dtype(), &[("x", x, out.dims())], &[("out", out, out.dims())])?;
     on_cpu!(OP, out, T => {
         let x = read::<T>(x)?;

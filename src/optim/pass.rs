@@ -7,6 +7,7 @@ use super::Hyper;
 use crate::error::{Result, bail, ensure};
 use crate::model::{Layout, Segment};
 use crate::ops::access::{check, no_kernel, read, write};
+use crate::ops::profile;
 use crate::ops::real::{PIECE, Real, vectorized};
 use candle_core::{DType, Device, Tensor};
 use std::ops::Range;
@@ -115,6 +116,7 @@ pub struct Step<'a> {
 impl Step<'_> {
     /// Applies `rule` to every segment of every row.
     pub fn apply<const N: usize>(&self, rule: &impl Rule<N>) -> Result<()> {
+        let _time = profile::time("optimizer");
         match (self.theta.device(), self.theta.dtype()) {
             (Device::Cpu, DType::F32) => self.apply_as::<f32, N>(rule),
             (Device::Cpu, DType::F64) => self.apply_as::<f64, N>(rule),

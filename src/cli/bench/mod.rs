@@ -1,0 +1,148 @@
+//! `vcycle bench`
+
+mod breakdown;
+mod memory;
+mod overhead;
+mod scaling;
+mod step;
+
+use super::setting;
+use crate::comm::Solo;
+use crate::config::{self, Config};
+use crate::cycle::tokens_per_step;
+use crate::error::{Context, Outcome, Result};
+use crate::model::step_flops;
+use crate::run::{Learner, Target};
+use std::io::Write;
+use std::path::Path;
+use std::time::Instant;
+use tempfile::TempDir;
+
+/// Measure the speed of this machine at vcycle's work, on one rank and random tokens.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    benchmark: Benchmark,
+}
+
+#[derive(clap::Subcommand)]
+enum Benchmark {
+    /// A training step on the finest level: speed, time by op, memory.
+    Step(step::Args),
+    /// Time of a step against blocks, width, context, batch and vocabulary, beside the FLOP count.
+    Scaling(scaling::Args),
+    /// What a run does between steps: switches of level, evaluation, a line of metrics.
+    Overhead(overhead::Args),
+}
+
+pub fn run(args: Args) -> Result<Outcome> {
+    match args.benchmark {
+        Benchmark::Step(args) => step::run(args),
+        Benchmark::Scaling(args) => scaling::run(&args),
+        Benchmark::Overhead(args) => overhead::run(&args),
+    }
+}
+
+/// What all benchmarks take.
+#[derive(clap::Args)]
+struct Common {
+    /// Override a key of the benchmark's config.
+    #[arg(long = "set", value_name = "TABLE.KEY=VALUE", value_parser = setting)]
+    overrides: Vec<String>,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// The seed paper's net: 12 blocks, width 256, 8 heads, T = 256 are the defaults.
+const PAPER: &[&str] = &["model.vocab=50257", "data.batch=4"];
+
+/// The fine net.
+const FINE: Target = Target { level: 0, coset: 0 };
+
+/// Steps before the first that is timed: they fault in the memory and find the scratch buffers' sizes.
+const WARM_UP: usize = 2;
+
+/// A net with its optimizer and random tokens, ready to train.
+struct Subject {
+    config: Config,
+    learner: Learner,
+    comm: Solo,
+    steps: u64,
+    /// Holds the tokens.
+    _folder: TempDir,
+}
+
+impl Subject {
+    /// What [`configure`] has prepared.
+    fn new((config, folder): (Config, TempDir)) -> Result<Subject> {
+        let comm = Solo::default();
+        let learner = Learner::new(&config, &comm)?;
+        Ok(Subject { config, learner, comm, steps: 0, _folder: folder })
+    }
+
+    /// Seconds of one optimizer step of `target`.
+    fn step(&mut self, target: Target) -> Result<f64> {
+        let start = Instant::now();
+        let (first, lr) = (self.steps * self.config.data.batch as u64, self.config.optimizer.lr);
+        self.learner.step(&mut self.comm, target, first, lr, &mut [0.0; 2])?;
+        self.steps += 1;
+        Ok(start.elapsed().as_secs_f64())
+    }
+
+    fn warm_up(&mut self, target: Target) -> Result<()> {
+        (0..WARM_UP).try_for_each(|_| self.step(target).map(drop))
+    }
+
+    /// Model FLOPs of a step on the fine net.
+    fn flops(&self) -> f64 {
+        step_flops(self.learner.spec(), self.config.model.depth, tokens_per_step(&self.config)).total as f64
+    }
+}
+
+/// The default config with `overrides`, the later ones winning, and the folder with its random tokens.
+fn configure<'a>(overrides: impl IntoIterator<Item = &'a str>) -> Result<(Config, TempDir)> {
+    let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
+    let mut settings = vec![format!("data.dir={}", folder.path().display())];
+    settings.extend(overrides.into_iter().map(str::to_owned));
+    let config = config::parse("", &settings)?;
+    write_random_data(folder.path(), &config)?;
+    Ok((config, folder))
+}
+
+/// Two shards of tokens drawn without pattern, enough for a few batches and an evaluation.
+fn write_random_data(folder: &Path, config: &Config) -> Result<()> {
+    let vocab = config.model.vocab.unwrap_or(256) as u64;
+    let sequences = (4 * config.data.batch).max(config.log.eval_sequences) + 1;
+    let count = sequences * config.data.context;
+    for split in ["train", "val"] {
+        let path = folder.join(format!("{split}_000000.bin"));
+        let mut file = std::io::BufWriter::new(std::fs::File::create(&path)?);
+        let header = [20_240_520, 1, u32::try_from(count).context("the benchmark's batch is too large")?];
+        header
+            .iter()
+            .chain(std::iter::repeat(&0))
+            .take(256)
+            .try_for_each(|word| file.write_all(&word.to_le_bytes()))?;
+        let mut state = 1u64;
+        for _ in 0..count {
+            // Knuth's MMIX generator; its high bits are good enough for a benchmark.
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            file.write_all(&(((state >> 33) % vocab) as u16).to_le_bytes())?;
+        }
+        file.flush()?;
+    }
+    Ok(())
+}
+
+/// The middle value; of two, the larger.
+fn median(values: impl IntoIterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.into_iter().collect();
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn milliseconds(seconds: f64) -> String {
+    let decimals = if seconds < 0.1 { 2 } else { 1 };
+    format!("{:.decimals$}", seconds * 1e3)
+}

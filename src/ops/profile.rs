@@ -1,0 +1,108 @@
+//! Seconds spent in each op, for `vcycle bench step`. Off, as in training, an op reads one flag.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+static ON: AtomicBool = AtomicBool::new(false);
+static ENTRIES: Mutex<Vec<Entry>> = Mutex::new(Vec::new());
+
+/// What an op has taken since the last [`take`].
+#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
+pub struct Entry {
+    pub op: &'static str,
+    /// Shape [o, i] of the weight in a matrix product; [0, 0] for other ops.
+    pub weight: [usize; 2],
+    pub calls: u64,
+    pub seconds: f64,
+}
+
+/// Counts until it is dropped.
+#[must_use = "an op's timer lives as long as the op"]
+pub struct Timer(Option<Running>);
+
+struct Running {
+    op: &'static str,
+    weight: [usize; 2],
+    /// Threads that work on the op at the same time, each with a timer.
+    threads: usize,
+    start: Instant,
+}
+
+/// Turns the profile on or off for all threads.
+pub fn enable(on: bool) {
+    ON.store(on, Ordering::Relaxed);
+}
+
+/// Times `op` until the end of the scope.
+#[inline]
+pub fn time(op: &'static str) -> Timer {
+    start(op, [0, 0], 1)
+}
+
+/// As [`time`], for a product with a weight of shape `weight`.
+#[inline]
+pub fn time_product(op: &'static str, weight: [usize; 2]) -> Timer {
+    start(op, weight, 1)
+}
+
+/// As [`time`], for a part of an op that all threads of the pool work on, each calling this: counts the thread's share.
+#[inline]
+pub fn time_on_thread(op: &'static str) -> Timer {
+    start(op, [0, 0], rayon::current_num_threads())
+}
+
+#[inline]
+fn start(op: &'static str, weight: [usize; 2], threads: usize) -> Timer {
+    let on = ON.load(Ordering::Relaxed);
+    Timer(on.then(|| Running { op, weight, threads, start: Instant::now() }))
+}
+
+/// The entries so far, in the order of their first calls; counting starts anew.
+pub fn take() -> Vec<Entry> {
+    entries().drain(..).collect()
+}
+
+fn entries() -> MutexGuard<'static, Vec<Entry>> {
+    ENTRIES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Drop for Timer {
+    fn drop(&mut self) {
+        let Some(Running { op, weight, threads, start }) = self.0.take() else { return };
+        let seconds = start.elapsed().as_secs_f64() / threads as f64;
+        let mut entries = entries();
+        match entries.iter_mut().find(|entry| (entry.op, entry.weight) == (op, weight)) {
+            Some(entry) => {
+                entry.calls += 1;
+                entry.seconds += seconds;
+            }
+            None => entries.push(Entry { op, weight, calls: 1, seconds }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One test: the profile is shared by all threads. Other tests' ops may be counted meanwhile, by other names.
+    #[test]
+    fn counts_when_on_and_only_then() {
+        let own = |entries: Vec<Entry>| entries.into_iter().filter(|e| e.op == "test").collect::<Vec<_>>();
+        drop(time("test"));
+        assert_eq!(own(take()), []);
+
+        enable(true);
+        for weight in [[1, 2], [1, 2], [2, 1]] {
+            let _time = time_product("test", weight);
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        enable(false);
+        drop(time("test"));
+        let entries = own(take());
+        assert_eq!(entries.iter().map(|e| (e.weight, e.calls)).collect::<Vec<_>>(), [([1, 2], 2), ([2, 1], 1)]);
+        assert!(entries[0].seconds >= 2e-3 && entries[0].seconds > entries[1].seconds);
+        assert_eq!(own(take()), []);
+    }
+}
