@@ -7,6 +7,8 @@ mod data;
 mod doctor;
 mod eval;
 mod plan;
+mod report;
+mod study;
 mod text;
 mod train;
 
@@ -44,6 +46,8 @@ enum Command {
     Eval(eval::Args),
     /// What runs saved against a baseline, at matched validation loss.
     Compare(compare::Args),
+    /// Run a grid of configs, seeds and overrides; report savings with mean and deviation over seeds.
+    Study(study::Args),
     /// Measure the speed of this machine at vcycle's work.
     Bench(bench::Args),
     /// List, verify or show checkpoints.
@@ -79,6 +83,7 @@ fn run(command: Command) -> Result<Outcome> {
         Command::Plan(args) => plan::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Compare(args) => compare::run(args),
+        Command::Study(args) => study::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Checkpoint(args) => checkpoint::run(args),
         Command::Doctor(args) => doctor::run(args),
