@@ -38,15 +38,13 @@ pub struct Cli {
 enum Command {
     /// Turn text into token shards, or look into them.
     Data(data::Args),
-    /// Show what a config would do: levels, parameters, memory, FLOPs. Trains nothing.
+    // Without a comment here the one of its arguments is the help.
     Plan(plan::Args),
-    /// Train. Start it with mpirun or srun for several ranks.
     Train(train::Args),
     /// Validation loss of a trained net.
     Eval(eval::Args),
     /// What runs saved against a baseline, at matched validation loss.
     Compare(compare::Args),
-    /// Run a grid of configs, seeds and overrides; report savings with mean and deviation over seeds.
     Study(study::Args),
     /// Measure the speed of this machine at vcycle's work.
     Bench(bench::Args),

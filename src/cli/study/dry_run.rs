@@ -44,7 +44,7 @@ pub fn text(study: &Study, arms: &[usize], states: &[State]) -> String {
 fn shown(state: State) -> String {
     match state {
         State::New => "to be run".to_owned(),
-        State::Stopped { step } => format!("stopped at step {step}"),
+        State::Stopped { step } => format!("stopped at step {step} or later"),
         State::Finished(cost) => format!("val loss {:.4}", cost.val_loss),
         State::Diverged => "diverged".to_owned(),
     }

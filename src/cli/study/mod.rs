@@ -15,7 +15,7 @@ use file::Study;
 use state::State;
 use std::path::{Path, PathBuf};
 
-/// Run a grid of configs, seeds and overrides, and report what it shows.
+/// Run a grid of configs, seeds and overrides, and report what it shows
 ///
 /// A study file names a config, seeds, and arms that differ in a few keys; docs/STUDIES.md explains it:
 ///   config = "configs/study.toml"

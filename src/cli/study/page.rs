@@ -14,12 +14,12 @@ pub fn write(report: &Report, out: &Path) -> Result<()> {
     report::write(out, &plots::all(&series, &target)?, |plots| page(report, plots))
 }
 
-const LEAD: &str = "<p class=quiet>Mean ± standard deviation over seeds. A saving is what a run had spent when the fine net first was at \
-    or under the final validation loss (nats a token) of the same seed of the baseline, as a share of what that spent in all. It is \
-    given where every seed got there.</p>\n";
-const NOTES: &str = "<p class=quiet>FLOPs are model FLOPs: 6 a matmul parameter and token, and 12·N·d·T a token for attention. Time \
-    is each run's own wall-clock; runs that ran side by side shared the machine. Jump at switches: the largest rise of the fine \
-    net's validation loss between the evaluations around a switch of level.</p>\n";
+const LEAD: &str = "<p class=quiet>Mean ± standard deviation over seeds. A saving is what a run had spent when the fine net first \
+    was at or under the final validation loss (nats a token) of the same seed of the baseline, as a share of what that spent in \
+    all. It is given where every seed got there.</p>\n";
+const NOTES: &str = "<p class=quiet>FLOPs are model FLOPs: 6 a matmul parameter and token, and 12·N·d·T a token for attention. \
+    Time is each run's own wall-clock; runs that ran side by side shared the machine. Jump at switches: the largest rise of the \
+    fine net's validation loss between the evaluations around a switch of level.</p>\n";
 const CURVES: &str = "<p class=quiet>Thin lines are seeds, thick ones their mean; a ring is where a seed met the loss of its \
     baseline.</p>\n";
 

@@ -75,7 +75,12 @@ impl Run {
 
 /// `optimizer.lr=0.002, ...`
 pub fn shown(point: &Point) -> String {
-    point.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(", ")
+    let assignments = point.iter().map(|(key, value)| match value {
+        // TOML's own form has no exponent.
+        toml::Value::Float(value) => format!("{key}={value:?}"),
+        value => format!("{key}={value}"),
+    });
+    assignments.collect::<Vec<_>>().join(", ")
 }
 
 /// [`shown`] as the name of a folder.

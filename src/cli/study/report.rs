@@ -308,9 +308,9 @@ impl Sweep {
     fn warnings(&self) -> impl Iterator<Item = String> {
         let chosen = self.trials.iter().find(|trial| trial.chosen);
         let warning = move |key: &String| {
-            let value = chosen.and_then(|trial| trial.set.iter().find(|(name, _)| name == key)).map(|(_, value)| value);
-            let value = value.map_or(String::new(), |value| format!(" = {value}"));
-            format!("{}: the best {key}{value} is at the edge of what was tried; try values beyond it", self.arm)
+            let best: Point =
+                chosen.iter().flat_map(|trial| &trial.set).filter(|(name, _)| name == key).cloned().collect();
+            format!("{}: the best, {}, is at the edge of what was tried: try values beyond it", self.arm, shown(&best))
         };
         self.at_edge.iter().map(warning)
     }

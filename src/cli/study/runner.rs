@@ -72,8 +72,8 @@ impl Runner<'_> {
 
     fn announce(&self) {
         let Study { title, dir, parallel, ranks, .. } = self.study;
-        let progress = self.progress();
-        tracing::info!("{progress} {title}: {parallel} at once of {ranks} ranks each, in {}", dir.display());
+        let ranks = if *ranks > 1 { format!(" of {ranks} ranks each") } else { String::new() };
+        tracing::info!("{} {title}: runs in {}, {parallel} at once{ranks}", self.progress(), dir.display());
     }
 
     /// Starts what can be started and waits for it, until nothing is left to start.
@@ -82,7 +82,7 @@ impl Runner<'_> {
         loop {
             let stop = self.stop.load(Ordering::Relaxed);
             if stop && !told {
-                tracing::info!("stopping: {} runs write a checkpoint", self.active.len());
+                tracing::info!("stopping {} runs, each with a checkpoint", self.active.len());
                 self.active.iter().for_each(|(_, child)| tell_to_stop(child));
                 told = true;
             }
@@ -101,11 +101,8 @@ impl Runner<'_> {
             |&&(run, is_chosen): &&(usize, bool)| is_chosen && !self.attempted[run] && !self.states[run].is_settled();
         let Some(&(index, _)) = self.needed().iter().find(ready) else { return false };
         let run = &self.study.runs[index];
-        let from = match self.states[index] {
-            State::Stopped { step } if step > 0 => format!(" again, after step {step}"),
-            _ => String::new(),
-        };
-        tracing::info!("{} {}: started{from}", self.progress(), run.name);
+        let again = if self.states[index] == State::New { "" } else { " again" };
+        tracing::info!("{} {}: started{again}", self.progress(), run.name);
         self.attempted[index] = true;
         match start(self.study, run, &self.stop) {
             Ok(Some(child)) => self.active.push((index, child)),
@@ -149,8 +146,8 @@ impl Runner<'_> {
             }
             // A learning rate that is too high is a result of a sweep.
             State::Diverged if self.is_trial(index) => tracing::info!("{} {name}: diverged", self.progress()),
-            State::Stopped { step } if status.code() == Some(75) => {
-                tracing::info!("{} {name}: stopped after step {step}", self.progress());
+            State::Stopped { .. } if status.code() == Some(75) => {
+                tracing::info!("{} {name}: stopped with a checkpoint", self.progress());
                 self.stopped = true;
             }
             _ if self.stop.load(Ordering::Relaxed) && last_error(&run.dir).is_none() => {
@@ -187,16 +184,11 @@ impl Runner<'_> {
             return Ok(Outcome::Interrupted);
         }
         for &arm in self.arms {
+            let name = &self.study.arms[arm].name;
             match self.study.choice(arm, &self.states) {
-                Choice::Failed => {
-                    bail!("every trial of the sweep for {} diverged: try other values", self.study.arms[arm].name)
-                }
-                Choice::Point(point) if !point.is_empty() => {
-                    tracing::info!(
-                        "{} ran with {}, by its final validation loss",
-                        self.study.arms[arm].name,
-                        shown(&point)
-                    );
+                Choice::Failed => bail!("every trial of the sweep for {name} diverged: try other values"),
+                Choice::Point(point) if self.study.tuner(arm) == Some(arm) => {
+                    tracing::info!("the sweep of {name} chose {}", shown(&point));
                 }
                 _ => {}
             }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum State {
     New,
-    /// Not finished; there may be a checkpoint to go on from.
+    /// Not finished; there may be a checkpoint to go on from. `step` is that of its last line of metrics.
     Stopped {
         step: u64,
     },
