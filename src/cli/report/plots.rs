@@ -225,7 +225,7 @@ fn bands(chart: &mut Chart, run: &Run, step_max: f64, losses: Range<f64>, color:
         let (level, rows, end) = (phase[0].level, phase[0].rows, phase[phase.len() - 1].step as f64);
         let tint = color.mix((0.1 * level as f64).min(0.5));
         chart.draw_series([Rectangle::new([(start, losses.start), (end, losses.end)], tint.filled())])?;
-        let text = format!("{rows} blocks");
+        let text = format!("{rows} block{}", if rows == 1 { "" } else { "s" });
         // Half an em a letter is about what a sans-serif takes.
         let room = (end - start) / step_max.max(1.0) * f64::from(WIDTH - 100);
         if room > text.len() as f64 * 0.55 * f64::from(FONT.1) {

@@ -87,23 +87,15 @@ impl Report {
     /// Reads the metrics of all finished runs.
     pub fn new(study: &Study, states: &[State]) -> Result<Report> {
         let all: Vec<usize> = (0..study.arms.len()).collect();
-        let needed = study.needed(&all, states);
         let mut arms: Vec<Arm> = Vec::new();
-        for arm in all {
-            let finished = needed.iter().filter(|&&(run, is_chosen)| is_chosen && study.runs[run].arm == arm);
-            let point = match study.choice(arm, states) {
-                Choice::Point(point) => point,
-                Choice::Waiting | Choice::Failed => Point::new(),
+        for &arm in &all {
+            let (point, runs) = match study.choice(arm, states) {
+                Choice::Point(point) => (point.clone(), finished(study, arm, &point, states)?),
+                Choice::Waiting | Choice::Failed => (Point::new(), Vec::new()),
             };
-            let finished = finished
-                .map(|&(run, _)| run)
-                .filter(|&run| study.runs[run].point == point && matches!(states[run], State::Finished(_)));
-            let mut runs: Vec<(u64, Run)> = finished
-                .map(|run| Ok((study.runs[run].seed, Run::load(&study.runs[run].dir)?)))
-                .collect::<Result<_>>()?;
-            runs.sort_by_key(|(seed, _)| study.seeds.iter().position(|of| of == seed));
             arms.push(Arm::new(study.arms[arm].name.clone(), point, runs, arms.first()));
         }
+        let needed = study.needed(&all, states);
         let sweeps: Vec<Sweep> = (0..study.arms.len()).filter_map(|arm| Sweep::of(study, arm, states)).collect();
         let undone = needed.iter().filter(|&&(run, is_chosen)| !is_chosen || !states[run].is_settled()).count();
         let mut warnings = Vec::new();
@@ -179,6 +171,16 @@ impl Report {
         };
         self.arms.iter().flat_map(|arm| arm.runs.iter().map(move |seed| row(arm, seed))).collect()
     }
+}
+
+/// The finished runs of `arm` at `point`, with their seeds in the order of the study.
+fn finished(study: &Study, arm: usize, point: &Point, states: &[State]) -> Result<Vec<(u64, Run)>> {
+    let runs = study
+        .runs
+        .iter()
+        .zip(states)
+        .filter(|(run, state)| run.arm == arm && run.point == *point && state.val_loss().is_some());
+    runs.map(|(run, _)| Ok((run.seed, Run::load(&run.dir)?))).collect()
 }
 
 /// Of [`Report::arm_rows`].
