@@ -13,14 +13,15 @@ cd "$(dirname "$0")/.."
 crates=(aho-corasick anyhow candle-core clap clap_builder hashbrown indicatif itertools memchr mpi ndarray parquet
     plotters rand rayon rayon-core regex-automata serde serde_core serde_json tokenizers toml tracing-subscriber)
 
-# Folder of crate $1. Of two versions only the newest: the other's text would leak from training to validation.
+# Folder of crate $1. Of two versions only the newest that is there: the other's text would leak from training to validation.
 crate_folder() {
     local version folder
-    version=$(grep -A 1 "^name = \"$1\"$" Cargo.lock | sed -n 's/^version = "\(.*\)"$/\1/p' | sort -V | tail -n 1)
-    for folder in "${CARGO_HOME:-$HOME/.cargo}"/registry/src/*/"$1-$version"; do
-        [ -d "$folder" ] && echo "$folder" && return
+    for version in $(grep -A 1 "^name = \"$1\"$" Cargo.lock | sed -n 's/^version = "\(.*\)"$/\1/p' | sort -rV); do
+        for folder in "${CARGO_HOME:-$HOME/.cargo}"/registry/src/*/"$1-$version"; do
+            [ -d "$folder" ] && echo "$folder" && return
+        done
     done
-    echo "quickstart: cargo has no sources of $1 $version under ${CARGO_HOME:-$HOME/.cargo}/registry/src" >&2
+    echo "quickstart: cargo has no sources of $1 under ${CARGO_HOME:-$HOME/.cargo}/registry/src" >&2
     return 1
 }
 

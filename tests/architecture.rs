@@ -118,6 +118,25 @@ fn every_config_loads() {
 }
 
 #[test]
+fn every_study_loads() {
+    // A copy, so that runs of these studies do not matter.
+    let copy = tempfile::tempdir().unwrap();
+    for folder in ["configs", "studies"] {
+        fs::create_dir(copy.path().join(folder)).unwrap();
+        for path in files(&root().join(folder)) {
+            fs::copy(&path, copy.path().join(folder).join(path.file_name().unwrap())).unwrap();
+        }
+    }
+    let studies = files(&copy.path().join("studies"));
+    assert!(!studies.is_empty());
+    for study in studies {
+        let mut report = Command::new(env!("CARGO_BIN_EXE_vcycle"));
+        let output = report.args(["study", "report"]).arg(&study).current_dir(copy.path()).output().unwrap();
+        assert!(output.status.success(), "{}: {}", study.display(), String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+#[test]
 fn a_baseline_differs_from_its_multilevel_run_only_in_levels_and_steps() {
     for (baseline, multilevel) in
         [("quickstart-baseline.toml", "quickstart.toml"), ("gpt2-124m.toml", "gpt2-124m-cascade.toml")]

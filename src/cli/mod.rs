@@ -7,6 +7,8 @@ mod data;
 mod doctor;
 mod eval;
 mod plan;
+mod report;
+mod study;
 mod text;
 mod train;
 
@@ -36,14 +38,14 @@ pub struct Cli {
 enum Command {
     /// Turn text into token shards, or look into them.
     Data(data::Args),
-    /// Show what a config would do: levels, parameters, memory, FLOPs. Trains nothing.
+    // Without a comment here the one of its arguments is the help.
     Plan(plan::Args),
-    /// Train. Start it with mpirun or srun for several ranks.
     Train(train::Args),
     /// Validation loss of a trained net.
     Eval(eval::Args),
     /// What runs saved against a baseline, at matched validation loss.
     Compare(compare::Args),
+    Study(study::Args),
     /// Measure the speed of this machine at vcycle's work.
     Bench(bench::Args),
     /// List, verify or show checkpoints.
@@ -79,6 +81,7 @@ fn run(command: Command) -> Result<Outcome> {
         Command::Plan(args) => plan::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Compare(args) => compare::run(args),
+        Command::Study(args) => study::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Checkpoint(args) => checkpoint::run(args),
         Command::Doctor(args) => doctor::run(args),

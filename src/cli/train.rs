@@ -6,7 +6,7 @@ use crate::error::{Outcome, Result};
 use crate::run::{self, Console, Options};
 use std::path::PathBuf;
 
-/// Train the net of a config.
+/// Train the net of a config
 ///
 /// Start it with mpirun or srun for several ranks: they share the global batch, and K ranks give the losses of one.
 ///   mpirun -n 2 vcycle train configs/quickstart.toml --set data.dir=data --run-dir runs/first

@@ -63,11 +63,8 @@ impl RunDirectory {
 
     fn check_same_config(&self, config: &Config) -> Result<()> {
         let written = config::load(&self.config_file(), &[])?;
-        let changed: Vec<String> = differences(&written, config)
-            .into_iter()
-            .filter(|d| !MAY_CHANGE.iter().any(|free| d.key == *free || d.key.starts_with(&format!("{free}."))))
-            .map(|d| format!("{} was {}, is now {}", d.key, d.old, d.new))
-            .collect();
+        let changed = differences(&written, config).into_iter().filter(|d| !MAY_CHANGE.iter().any(|key| d.is_of(key)));
+        let changed: Vec<String> = changed.map(|d| d.to_string()).collect();
         if !changed.is_empty() {
             bail!(
                 "{} was started with another config, so it cannot be resumed with this one: {}",
@@ -85,6 +82,19 @@ pub struct Difference {
     pub key: String,
     pub old: String,
     pub new: String,
+}
+
+impl Difference {
+    /// Whether it is in `key`, or in a key of the table `key`.
+    pub fn is_of(&self, key: &str) -> bool {
+        self.key.strip_prefix(key).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+    }
+}
+
+impl std::fmt::Display for Difference {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} was {}, is now {}", self.key, self.old, self.new)
+    }
 }
 
 /// The keys in which two resolved configs differ.

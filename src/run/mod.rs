@@ -22,4 +22,4 @@ pub use gradient::{Target, micro_batch};
 pub use learner::{Learner, StepReport};
 pub use progress::Progress;
 pub use resolve::resolve_vocab;
-pub use train::{Options, train};
+pub use train::{DIVERGED, Options, train};

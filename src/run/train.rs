@@ -21,6 +21,9 @@ use crate::optim;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+/// How the error of a run whose loss is no longer a number starts.
+pub const DIVERGED: &str = "training diverged at step";
+
 /// Where a run writes, and whether it continues one.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -203,7 +206,7 @@ impl Trainer {
             None => "no checkpoint had been written".to_owned(),
         };
         anyhow!(
-            "training diverged at step {step}: loss {}, gradient norm {}; no parameter was changed by that step and {last}. Lower optimizer.lr (now {}), set optimizer.clip or warm up longer",
+            "{DIVERGED} {step}: loss {}, gradient norm {}; no parameter was changed by that step and {last}. Lower optimizer.lr (now {}), set optimizer.clip or warm up longer",
             report.loss,
             report.grad_norm,
             self.config.optimizer.lr

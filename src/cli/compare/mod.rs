@@ -2,13 +2,12 @@
 
 mod analysis;
 mod html;
-mod plots;
 mod table;
 
-use crate::error::{Context, Outcome, Result, ensure};
-use analysis::{Comparison, Run};
-use std::ffi::OsStr;
-use std::path::{Path, PathBuf};
+use super::report::{self, plots, run::Run};
+use crate::error::{Outcome, Result};
+use analysis::Comparison;
+use std::path::PathBuf;
 
 /// Compare runs with a baseline: FLOPs and time saved at the baseline's final validation loss.
 #[derive(clap::Args, Debug)]
@@ -39,36 +38,18 @@ pub fn run(args: Args) -> Result<Outcome> {
         eprintln!("warning: {warning}");
     }
     if let Some(out) = &args.out {
-        write_report(&comparison, out)?;
-        eprintln!("report: {}", out.display());
+        let (series, target) = comparison.series();
+        report::write(out, &plots::all(&series, &target)?, |plots| html::page(&comparison, plots))?;
     }
     Ok(Outcome::Done)
 }
 
-/// Writes `out` and, beside it, one SVG file a plot: `report.html` → `report-flops.svg`, ...
-fn write_report(comparison: &Comparison, out: &Path) -> Result<()> {
-    let stem = out.file_stem().map(OsStr::to_string_lossy);
-    let stem = stem.filter(|_| out.extension() == Some(OsStr::new("html")));
-    ensure!(stem.is_some(), "--out {}: expected a file name that ends in .html", out.display());
-    let write = |path: &Path, text: &str| {
-        std::fs::write(path, text).with_context(|| format!("cannot write the report {}", path.display()))
-    };
-    let plots = plots::all(comparison)?;
-    if let Some(dir) = out.parent() {
-        std::fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;
-    }
-    for plot in &plots {
-        let name = format!("{}-{}.svg", stem.as_deref().unwrap_or_default(), plot.name);
-        write(&out.with_file_name(name), &plot.svg)?;
-    }
-    write(out, &html::page(comparison, &plots))
-}
-
 #[cfg(test)]
 mod tests {
-    use super::analysis::tests::metrics;
     use super::*;
+    use crate::cli::report::run::tests::metrics;
     use crate::run::history::{FILE_NAME, Log};
+    use std::path::Path;
 
     /// Two run directories, the second with a torn last line, and what `compare` says of them.
     fn compare(dir: &Path, out: &str) -> Result<Outcome> {
@@ -99,11 +80,9 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_a_run_or_not_html_is_refused_by_name() {
+    fn a_report_that_is_not_html_is_refused_by_name() {
         let dir = tempfile::tempdir().unwrap();
         let e = compare(dir.path(), "report.pdf").unwrap_err().to_string();
         assert!(e.contains("report.pdf: expected a file name that ends in .html"), "{e}");
-        let e = Run::load(dir.path()).err().unwrap().to_string();
-        assert!(e.contains("has no metrics.jsonl"), "{e}");
     }
 }

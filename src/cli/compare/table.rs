@@ -1,6 +1,7 @@
 //! The table of a comparison: its rows, and as text for a terminal.
 
-use super::analysis::{Comparison, Cost};
+use super::analysis::Comparison;
+use crate::cli::report::run::Cost;
 use crate::cli::text::{duration, percent, table, tera};
 use std::fmt::Write;
 
@@ -75,8 +76,8 @@ pub fn not_reached(comparison: &Comparison) -> impl Iterator<Item = String> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::analysis::tests::{metrics, run};
     use super::*;
+    use crate::cli::report::run::tests::{metrics, run};
 
     #[test]
     fn columns_are_aligned_and_a_run_that_falls_short_is_said_so() {

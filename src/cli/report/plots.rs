@@ -1,6 +1,8 @@
 //! The plots of a report, as SVG text that reads on white; [`super::html`] recolours them for dark pages.
+//!
+//! A series is a run, or the runs of several seeds: those are thin lines in one colour, their mean a thick one.
 
-use super::analysis::{Comparison, Run};
+use super::run::Run;
 use crate::error::Result;
 use crate::run::history::Metrics;
 use plotters::coord::Shift;
@@ -14,7 +16,7 @@ use std::ops::Range;
 pub const INK: [RGBColor; 2] = [RGBColor(0x24, 0x29, 0x2F), RGBColor(0xD0, 0xD7, 0xDE)];
 pub const FAINT: [RGBColor; 2] = [RGBColor(0xE4, 0xE8, 0xEC), RGBColor(0x2B, 0x32, 0x3B)];
 pub const GROUND: [RGBColor; 2] = [RGBColor(0xFF, 0xFF, 0xFF), RGBColor(0x15, 0x1A, 0x21)];
-/// The baseline, then the runs in turn.
+/// The baseline, then the others in turn.
 pub const SERIES: [[RGBColor; 2]; 7] = [
     [RGBColor(0x6E, 0x77, 0x81), RGBColor(0x9B, 0xA5, 0xB1)],
     [RGBColor(0x09, 0x69, 0xDA), RGBColor(0x58, 0xA6, 0xFF)],
@@ -25,7 +27,7 @@ pub const SERIES: [[RGBColor; 2]; 7] = [
     [RGBColor(0x1B, 0x7C, 0x83), RGBColor(0x56, 0xD4, 0xDD)],
 ];
 
-/// Colours of the run at `index` (0 = baseline); the runs share them out in turn.
+/// Colours of the series at `index` (0 = baseline); the others share them out in turn.
 pub fn colors(index: usize) -> [RGBColor; 2] {
     if index == 0 { SERIES[0] } else { SERIES[1 + (index - 1) % (SERIES.len() - 1)] }
 }
@@ -44,6 +46,24 @@ const TRAIN_ZOOM: f64 = 1.8;
 type Point = (f64, f64);
 type Chart<'a, 'b> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+
+/// One run, or the runs of several seeds.
+pub struct Series<'a> {
+    pub label: String,
+    pub traces: Vec<Trace<'a>>,
+}
+
+/// A run, and the step at which it met the loss to meet.
+pub struct Trace<'a> {
+    pub run: &'a Run,
+    pub met: Option<u64>,
+}
+
+/// The loss to meet, drawn as a dashed line.
+pub struct Target {
+    pub loss: f64,
+    pub label: String,
+}
 
 /// A plot: what to call its file after `report-`, its heading, and its SVG.
 pub struct Plot {
@@ -98,14 +118,16 @@ const AXES: [Axis; 4] = [
 ];
 
 /// All plots of a report: validation loss against each axis, then training loss with the levels.
-pub fn all(comparison: &Comparison) -> Result<Vec<Plot>> {
+pub fn all(series: &[Series], target: &Target) -> Result<Vec<Plot>> {
     let validation = AXES.iter().map(|axis| {
-        let svg = draw(HEIGHT, |area| validation(&area, comparison, axis))?;
+        let svg = draw(HEIGHT, |area| validation(&area, series, target, axis))?;
         Ok(Plot { name: axis.name, title: axis.title, svg })
     });
-    let panels = comparison.runs.len() as u32;
     let training = || {
-        let svg = draw(PANEL_HEIGHT * panels, |area| training(&area, comparison))?;
+        let panels = series.iter().enumerate();
+        let panels: Vec<Panel> =
+            panels.filter_map(|(i, s)| Some((colors(i)[0], &*s.label, s.traces.first()?.run))).collect();
+        let svg = draw(PANEL_HEIGHT * panels.len() as u32, |area| training(&area, &panels, target))?;
         Ok(Plot { name: "train", title: "Training loss and the net that is trained", svg })
     };
     validation.chain(std::iter::once_with(training)).collect()
@@ -120,50 +142,76 @@ fn draw(height: u32, content: impl FnOnce(Area) -> Result<()>) -> Result<String>
     Ok(svg)
 }
 
-/// Validation losses of all runs against `axis`, zoomed in on the loss to meet.
-fn validation(area: &Area, comparison: &Comparison, axis: &Axis) -> Result<()> {
-    let target = comparison.baseline.val_loss;
-    let x_max = comparison.runs.iter().filter_map(|run| run.history.last()).map(axis.of).fold(0.0, f64::max);
+/// Validation losses of all series against `axis`, zoomed in on the loss to meet.
+fn validation(area: &Area, series: &[Series], target: &Target, axis: &Axis) -> Result<()> {
+    let ends = series.iter().flat_map(|s| &s.traces).filter_map(|trace| trace.run.history.last());
+    let x_max = ends.map(axis.of).fold(0.0, f64::max);
     let &(unit, size) = axis.units.iter().rev().find(|(_, size)| x_max >= 2.0 * size).unwrap_or(&axis.units[0]);
     let label = if unit.is_empty() { axis.label.to_owned() } else { format!("{} [{unit}]", axis.label) };
     let x = |line: &Metrics| (axis.of)(line) / size;
-    let curves: Vec<Vec<Point>> =
-        comparison.runs.iter().map(|run| run.evaluations().map(|(line, loss)| (x(line), loss)).collect()).collect();
+    let means: Vec<Vec<Point>> = series.iter().map(|s| mean(&s.traces, x)).collect();
 
-    let losses = zoomed(&curves, target * ZOOM);
+    let losses = zoomed(&means, target.loss * ZOOM);
     let x_range = 0.0..(x_max / size * 1.02).max(f64::MIN_POSITIVE);
     let mut chart = chart(area, x_range, losses.clone(), &label, "validation loss [nats/token]")?;
-    let line = [(0.0, target), (x_max / size * 1.02, target)];
+    let line = [(0.0, target.loss), (x_max / size * 1.02, target.loss)];
     chart.draw_series(DashedLineSeries::new(line, 6, 4, INK[0].stroke_width(1)))?;
-    for (index, (run, curve)) in comparison.runs.iter().zip(&curves).enumerate() {
+    for (index, (s, mean)) in series.iter().zip(&means).enumerate() {
         let color = colors(index)[0];
-        curve_below(&mut chart, losses.end, curve, color.stroke_width(2))?;
         let seen = |at: &Point| at.1 <= losses.end;
-        chart.draw_series(curve.iter().copied().filter(seen).map(|at| Circle::new(at, 2, color.filled())))?;
-        let met = comparison.met(index).map(|met| met.step);
-        let met = run.evaluations().find(|(line, _)| Some(line.step) == met);
-        chart.draw_series(met.map(|(line, loss)| Circle::new((x(line), loss), 7, color.stroke_width(2))))?;
-        let switches = switches(run).into_iter().filter_map(|line| on(curve, x(line)));
+        let many = s.traces.len() > 1;
+        for trace in &s.traces {
+            let curve = curve(trace.run, x);
+            if many {
+                curve_below(&mut chart, losses.end, &curve, color.mix(0.45).stroke_width(1))?;
+            }
+            let met = trace.run.evaluations().find(|(line, _)| Some(line.step) == trace.met);
+            let radius = if many { 5 } else { 7 };
+            chart.draw_series(met.map(|(line, loss)| Circle::new((x(line), loss), radius, color.stroke_width(2))))?;
+        }
+        curve_below(&mut chart, losses.end, mean, color.stroke_width(2))?;
+        chart.draw_series(mean.iter().copied().filter(seen).map(|at| Circle::new(at, 2, color.filled())))?;
+        let switches = s.traces.first().map_or(Vec::new(), |trace| switches(trace.run));
+        let switches = switches.into_iter().filter_map(|line| on(mean, x(line)));
         chart.draw_series(switches.filter(seen).map(|at| TriangleMarker::new(at, 6, color.filled())))?;
     }
-    legend(&mut chart, comparison)
+    legend(&mut chart, series, target)
 }
 
-/// Training losses, a panel a run, over bands that show which net is trained.
-fn training(area: &Area, comparison: &Comparison) -> Result<()> {
-    let step_max = comparison.runs.iter().filter_map(|run| run.history.last()).map(|m| m.step).max().unwrap_or(0);
-    let curves: Vec<Vec<Point>> = comparison
-        .runs
-        .iter()
-        .map(|run| run.history.iter().filter(|m| m.loss.is_finite()).map(|m| (m.step as f64, m.loss)).collect())
-        .collect();
-    let losses = zoomed(&curves, comparison.baseline.val_loss * TRAIN_ZOOM);
-    let panels = area.split_evenly((comparison.runs.len(), 1));
-    for (index, (panel, (run, curve))) in panels.iter().zip(comparison.runs.iter().zip(&curves)).enumerate() {
-        let color = colors(index)[0];
-        let label = format!("optimizer steps of {}", comparison.labels()[index]);
+/// Evaluations of `run` against `x`.
+fn curve(run: &Run, x: impl Fn(&Metrics) -> f64) -> Vec<Point> {
+    run.evaluations().map(|(line, loss)| (x(line), loss)).collect()
+}
+
+/// Means over the runs at each step at which all of them were evaluated.
+fn mean(traces: &[Trace], x: impl Fn(&Metrics) -> f64) -> Vec<Point> {
+    let Some((first, others)) = traces.split_first() else { return Vec::new() };
+    let evaluations = first.run.evaluations().filter_map(|(line, loss)| {
+        let mut sum = (x(line), loss);
+        for trace in others {
+            let (line, loss) = trace.run.evaluations().find(|(other, _)| other.step == line.step)?;
+            sum = (sum.0 + x(line), sum.1 + loss);
+        }
+        Some((sum.0 / traces.len() as f64, sum.1 / traces.len() as f64))
+    });
+    evaluations.collect()
+}
+
+/// Colour and name of a series, and its first run.
+type Panel<'a> = (RGBColor, &'a str, &'a Run);
+
+/// Training losses, a panel a series, over bands that show which net is trained.
+fn training(area: &Area, panels: &[Panel], target: &Target) -> Result<()> {
+    let step_max = panels.iter().filter_map(|(.., run)| run.history.last()).map(|m| m.step).max().unwrap_or(0);
+    let losses =
+        |run: &Run| run.history.iter().filter(|m| m.loss.is_finite()).map(|m| (m.step as f64, m.loss)).collect();
+    let curves: Vec<Vec<Point>> = panels.iter().map(|(.., run)| losses(run)).collect();
+    let losses = zoomed(&curves, target.loss * TRAIN_ZOOM);
+    let areas = area.split_evenly((panels.len(), 1));
+    for (area, (&(color, name, run), curve)) in areas.iter().zip(panels.iter().zip(&curves)) {
+        let label = format!("optimizer steps of {name}");
         let x_range = 0.0..(step_max as f64).max(1.0);
-        let mut chart = chart(panel, x_range, losses.clone(), &label, "training loss [nats/token]")?;
+        let mut chart = chart(area, x_range, losses.clone(), &label, "training loss [nats/token]")?;
         bands(&mut chart, run, step_max as f64, losses.clone(), color)?;
         curve_below(&mut chart, losses.end, curve, color.stroke_width(1))?;
     }
@@ -177,7 +225,7 @@ fn bands(chart: &mut Chart, run: &Run, step_max: f64, losses: Range<f64>, color:
         let (level, rows, end) = (phase[0].level, phase[0].rows, phase[phase.len() - 1].step as f64);
         let tint = color.mix((0.1 * level as f64).min(0.5));
         chart.draw_series([Rectangle::new([(start, losses.start), (end, losses.end)], tint.filled())])?;
-        let text = format!("{rows} blocks");
+        let text = format!("{rows} block{}", if rows == 1 { "" } else { "s" });
         // Half an em a letter is about what a sans-serif takes.
         let room = (end - start) / step_max.max(1.0) * f64::from(WIDTH - 100);
         if room > text.len() as f64 * 0.55 * f64::from(FONT.1) {
@@ -222,25 +270,25 @@ fn chart<'a, 'b>(
     Ok(chart)
 }
 
-/// Runs by colour, then the marks.
-fn legend<'a, 'b: 'a>(chart: &mut Chart<'a, 'b>, comparison: &Comparison) -> Result<()> {
+/// Series by colour, then the marks.
+fn legend<'a, 'b: 'a>(chart: &mut Chart<'a, 'b>, series: &[Series], target: &Target) -> Result<()> {
     let ink = INK[0];
-    for (index, label) in comparison.labels().into_iter().enumerate() {
+    for (index, s) in series.iter().enumerate() {
         let style = colors(index)[0].stroke_width(3);
         let none = LineSeries::new(std::iter::empty::<Point>(), style);
+        let label = s.label.as_str();
         chart.draw_series(none)?.label(label).legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
     }
     let none = || LineSeries::new(std::iter::empty::<Point>(), ink);
-    let target = format!("baseline's final loss, {:.4}", comparison.baseline.val_loss);
     chart
         .draw_series(none())?
-        .label(target)
+        .label(target.label.as_str())
         .legend(move |(x, y)| DashedPathElement::new([(x, y), (x + 18, y)], 6, 4, ink.stroke_width(1)));
     chart
         .draw_series(none())?
         .label("first at or under it")
         .legend(move |(x, y)| Circle::new((x + 9, y), 6, ink.stroke_width(2)));
-    if comparison.runs.iter().any(|run| !switches(run).is_empty()) {
+    if series.iter().flat_map(|s| &s.traces).any(|trace| !switches(trace.run).is_empty()) {
         chart
             .draw_series(none())?
             .label("switch of level")
@@ -316,19 +364,33 @@ fn short(value: f64) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::analysis::tests::{metrics, run};
+pub mod tests {
+    use super::super::run::tests::{metrics, run};
     use super::*;
 
-    fn two_runs() -> Comparison {
-        let fine = (1..=10).map(|i| metrics(100 * i, 0, 4, Some(1.0 + 4.0 / i as f64))).collect();
-        let coarse = (1..=10).map(|i| metrics(100 * i, usize::from(i < 7), 2, Some(0.9 + 5.0 / i as f64))).collect();
-        Comparison::new(vec![run("runs/base", fine, ""), run("runs/<fast>", coarse, "")]).unwrap()
+    fn target(loss: f64) -> Target {
+        Target { loss, label: "final loss".to_owned() }
+    }
+
+    /// A baseline of one run and two seeds of a faster one.
+    pub fn two_series<T>(f: impl FnOnce(&[Series], &Target) -> T) -> T {
+        let fine = run("base", (1..=10).map(|i| metrics(100 * i, 0, 4, Some(1.0 + 4.0 / i as f64))).collect(), "");
+        let coarse = |at: f64| {
+            let line = |i: u64| metrics(100 * i, usize::from(i < 7), 2, Some(at + 5.0 / i as f64));
+            run("fast", (1..=10).map(line).collect(), "")
+        };
+        let (a, b) = (coarse(0.9), coarse(0.7));
+        let trace = |run, met| Trace { run, met };
+        let series = [
+            Series { label: "base".to_owned(), traces: vec![trace(&fine, Some(1000))] },
+            Series { label: "<fast>".to_owned(), traces: vec![trace(&a, Some(1000)), trace(&b, None)] },
+        ];
+        f(&series, &target(1.4))
     }
 
     #[test]
     fn every_plot_is_whole_and_names_its_unit() {
-        let plots = all(&two_runs()).unwrap();
+        let plots = two_series(|series, target| all(series, target).unwrap());
         assert_eq!(
             plots.iter().map(|plot| plot.name).collect::<Vec<_>>(),
             ["flops", "flops-blocks", "time", "steps", "train"]
@@ -340,6 +402,14 @@ mod tests {
         assert!(plots[0].svg.contains("[PFLOP]") && plots[2].svg.contains("[min]"));
         assert!(plots[0].svg.contains("&lt;fast&gt;") && plots[0].svg.contains("switch of level"));
         assert!(plots[4].svg.contains("4 blocks"));
+    }
+
+    #[test]
+    fn a_mean_is_over_the_evaluations_that_all_runs_have() {
+        let lines = |steps: &[u64], loss: f64| steps.iter().map(|&step| metrics(step, 0, 1, Some(loss))).collect();
+        let (a, b) = (run("a", lines(&[100, 200, 300], 1.0), ""), run("b", lines(&[100, 300], 2.0), ""));
+        let traces = [&a, &b].map(|run| Trace { run, met: None });
+        assert_eq!(mean(&traces, |line| line.step as f64), [(100.0, 1.5), (300.0, 1.5)]);
     }
 
     #[test]
@@ -360,8 +430,9 @@ mod tests {
 
     #[test]
     fn runs_with_nothing_to_draw_still_give_plots() {
-        let lone =
-            Comparison::new(vec![run("a", vec![metrics(0, 0, 1, Some(2.0))], ""), run("b", vec![], "")]).unwrap();
-        assert!(all(&lone).unwrap().iter().all(|plot| !plot.svg.contains("NaN")));
+        let runs = [run("a", vec![metrics(0, 0, 1, Some(2.0))], ""), run("b", vec![], "")];
+        let series = |run| Series { label: "x".to_owned(), traces: vec![Trace { run, met: None }] };
+        let lone = [series(&runs[0]), series(&runs[1]), Series { label: "none".to_owned(), traces: vec![] }];
+        assert!(all(&lone, &target(2.0)).unwrap().iter().all(|plot| !plot.svg.contains("NaN")));
     }
 }
