@@ -87,6 +87,11 @@ impl Extent {
         Extent { rows, sequences, chunk: n.div_ceil(chunks) }
     }
 
+    /// Rows of the logits that are held.
+    pub fn chunk(self) -> usize {
+        self.chunk
+    }
+
     /// The part of this extent that fewer sequences use.
     pub fn first(self, spec: &Spec, sequences: usize) -> Extent {
         Extent { sequences, chunk: self.chunk.min(sequences * spec.context), ..self }

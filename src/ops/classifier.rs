@@ -69,6 +69,21 @@ pub fn loss_and_gradient(
     })
 }
 
+/// Bytes of scratch that [`loss_and_gradient`] takes beside `logits` [chunk, V], for x [_, d] of elements of `size` bytes.
+pub fn scratch_bytes(chunk: usize, d: usize, vocab: usize, size: usize) -> usize {
+    (stats_len(chunk, vocab) + partials_len(chunk, d, vocab)) * size
+}
+
+/// The [`Stats`] of all tiles.
+fn stats_len(rows: usize, vocab: usize) -> usize {
+    vocab.div_ceil(TILE) * Stats::<f32>::PARTS * rows
+}
+
+/// A dx for each task.
+fn partials_len(rows: usize, d: usize, vocab: usize) -> usize {
+    vocab.div_ceil(TASK * TILE) * rows * d
+}
+
 struct Shape {
     n: usize,
     d: usize,
@@ -131,7 +146,7 @@ impl<'a, T: Real> Chunk<'a, T> {
     }
 
     fn with_stats(&self, f: impl FnOnce(&Self, &mut [T]) -> f64) -> f64 {
-        with_scratch(self.vocab.div_ceil(TILE) * Stats::<T>::PARTS * self.rows(), |stats| f(self, stats))
+        with_scratch(stats_len(self.rows(), self.vocab), |stats| f(self, stats))
     }
 
     /// The chunk's loss. Leaves exp (z - max) in `logits` [V, rows], and in each tile's stats exp (max - lse) for max.
@@ -159,7 +174,7 @@ impl<'a, T: Real> Chunk<'a, T> {
     /// dx = and dw += scale times their gradients, from what [`Chunk::loss`] has left.
     fn gradient(&self, scale: T, logits: &mut [T], stats: &mut [T], dx: &mut [T], dw: &mut [T]) {
         let (rows, d, stats_len) = (self.rows(), self.d, Stats::<T>::PARTS * self.rows());
-        with_scratch(self.vocab.div_ceil(TASK * TILE) * rows * d, |partials: &mut [T]| {
+        with_scratch(partials_len(rows, d, self.vocab), |partials: &mut [T]| {
             let tiles = logits[..self.vocab * rows].par_chunks_mut(TASK * TILE * rows);
             let tiles = tiles.zip(stats.par_chunks_mut(TASK * stats_len)).zip(dw.par_chunks_mut(TASK * TILE * d));
             tiles.zip(partials.par_chunks_mut(rows * d)).enumerate().with_max_len(1).for_each(

@@ -157,13 +157,23 @@ fn fold<A: Copy>(mut lanes: [A; LANES], combine: impl Fn(A, A) -> A) -> A {
 
 /// Lends `f` a buffer of `len` elements of unspecified value, kept by the thread for the next use.
 pub fn with_scratch<T: Real, R>(len: usize, f: impl FnOnce(&mut [T]) -> R) -> R {
-    let mut buffer = T::scratch_pool().with_borrow_mut(Vec::pop).unwrap_or_default();
+    let mut buffer = T::scratch_pool().with_borrow_mut(|pool| take_fitting(pool, len));
     if buffer.len() < len {
         buffer.resize(len, T::zero());
     }
     let result = f(&mut buffer[..len]);
     T::scratch_pool().with_borrow_mut(|pool| pool.push(buffer));
     result
+}
+
+/// The shortest buffer of at least `len` elements, else the longest: short requests must not make every buffer long.
+fn take_fitting<T>(pool: &mut Vec<Vec<T>>, len: usize) -> Vec<T> {
+    let misfit = |buffer: &Vec<T>| match buffer.len() {
+        long if long >= len => (false, long - len),
+        short => (true, len - short),
+    };
+    let best = (0..pool.len()).min_by_key(|&i| misfit(&pool[i]));
+    best.map_or_else(Vec::new, |i| pool.swap_remove(i))
 }
 
 #[cfg(test)]
@@ -193,6 +203,13 @@ mod tests {
             let x: Vec<f64> = (0..n).map(|i| i as f64).collect();
             assert_eq!(dot(&x, &x), x.iter().map(|x| x * x).sum::<f64>());
         }
+    }
+
+    #[test]
+    fn scratch_takes_the_buffer_that_fits() {
+        let mut pool = [4, 64, 16].map(|len| vec![0u8; len]).to_vec();
+        assert_eq!([8, 2, 100].map(|len| take_fitting(&mut pool, len).len()), [16, 4, 64]);
+        assert!(take_fitting(&mut pool, 1).is_empty());
     }
 
     #[test]
