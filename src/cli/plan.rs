@@ -241,7 +241,7 @@ impl RankMemory {
         let moments = optim::new(&config.optimizer).moments().len();
         let levels = memory(config, spec, moments);
         let micro_batch = run::micro_batch(config, ranks);
-        let workspace = Net::workspace_bytes(spec, spec.depth, micro_batch);
+        let workspace = Net::workspace_bytes(spec, spec.depth, micro_batch) + Net::scratch_bytes(spec, micro_batch);
         RankMemory { levels, workspace, micro_batch, total: levels.total() + workspace }
     }
 

@@ -26,10 +26,10 @@ mod tests {
 
     #[test]
     fn touched_memory_is_counted() {
-        let before = resident().unwrap();
-        let memory = vec![1u8; 64 << 20];
-        assert!(resident().unwrap() >= before + (60 << 20));
+        // Other tests take and free memory meanwhile: only what is held here is certain.
+        let memory = std::hint::black_box(vec![1u8; 64 << 20]);
+        assert!(resident().unwrap() >= 64 << 20);
         drop(memory);
-        assert!(peak().unwrap() >= before + (60 << 20));
+        assert!(peak().unwrap() >= 64 << 20);
     }
 }

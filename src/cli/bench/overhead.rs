@@ -129,7 +129,7 @@ fn metrics(config: &Config) -> Metrics {
         flops_total: 1 << 60,
         flops_blocks: 1 << 59,
         elapsed_s: 12.345_678_9,
-        tokens_per_s: 1234.567_89,
+        tokens_per_s: 1_234.567_89,
         mfu: Some(0.789),
     }
 }

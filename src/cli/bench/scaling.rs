@@ -53,10 +53,9 @@ pub fn run(args: &Args) -> Result<Outcome> {
     let mut base = Subject::new((config, folder))?;
     base.warm_up(FINE)?;
     let mut rows = Vec::new();
-    for index in 0..VARIED {
+    for (index, (_, value)) in BASE.iter().enumerate().take(VARIED) {
         for (times, over) in [(1, 2), (2, 1), (4, 1)] {
-            let value = BASE[index].1 * times / over;
-            rows.push(compare(&mut base, index, value, args)?);
+            rows.push(compare(&mut base, index, value * times / over, args)?);
         }
     }
     let text = if args.common.json { serde_json::to_string(&rows)? + "\n" } else { text(&rows) };
