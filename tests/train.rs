@@ -96,6 +96,39 @@ const CYCLES: &[(&str, &[&str])] = &[
             "cycle.threshold=1.0",
         ],
     ),
+    ("cosets", COSETS),
+    (
+        "averaged",
+        &[
+            "levels.count=2",
+            "levels.transfer=injection",
+            "cycle.kind=paper",
+            "parallel.placement=cosets",
+            "parallel.sync_every=4",
+        ],
+    ),
+    ("beside", BESIDE),
+];
+
+/// Four cosets, then two, then the fine level.
+const COSETS: &[&str] = &[
+    "levels.count=3",
+    "levels.transfer=injection",
+    "cycle.kind=phases",
+    "cycle.phases=[{level=2,steps=4},{level=1,steps=4},{level=0,steps=4}]",
+    "parallel.placement=cosets",
+];
+
+/// One V-cycle: a step on the fine level, then 2 of them beside 6 on two coarse levels, then the finish.
+const BESIDE: &[&str] = &[
+    "levels.count=3",
+    "levels.coherence=true",
+    "cycle.kind=v",
+    "cycle.pre=1",
+    "cycle.post=2",
+    "cycle.coarse=3",
+    "cycle.finish=0.25",
+    "parallel.placement=beside",
 ];
 
 /// A folder with prepared data and a config.
@@ -156,7 +189,7 @@ impl Bench {
         for file in ["config.toml", "metrics.jsonl", "provenance.json", "log.txt"] {
             std::fs::copy(run.join(file), cut.join(file)).unwrap();
         }
-        for saved in (1..=step).rev().take(2) {
+        for saved in saved_steps(run).into_iter().filter(|&saved| saved <= step).rev().take(2) {
             copy_folder(&checkpoint(run, saved), &checkpoint(&cut, saved));
         }
         cut
@@ -179,6 +212,16 @@ fn vcycle(ranks: usize) -> Command {
 
 fn checkpoint(run: &Path, step: u64) -> PathBuf {
     run.join(format!("checkpoints/step-{step:08}"))
+}
+
+/// Steps of all checkpoints.
+fn saved_steps(run: &Path) -> Vec<u64> {
+    let folders = std::fs::read_dir(run.join("checkpoints")).unwrap();
+    let step = |name: &str| name.strip_prefix("step-").map(|step| step.parse().unwrap());
+    let mut steps: Vec<u64> =
+        folders.filter_map(|folder| step(folder.unwrap().file_name().to_str().unwrap())).collect();
+    steps.sort_unstable();
+    steps
 }
 
 fn copy_folder(from: &Path, to: &Path) {
@@ -241,8 +284,9 @@ fn every_cycle_resumes_bit_for_bit_after_every_step() {
     let bench = Bench::new();
     for (name, settings) in CYCLES {
         let whole = bench.finished(name, 1, settings);
-        assert_eq!(metrics(&whole).len(), 12, "{name}");
-        for step in 1..12 {
+        let saved = saved_steps(&whole);
+        assert!(saved.len() >= 4 && saved.ends_with(&[12]), "{name}: {saved:?}");
+        for &step in &saved[..saved.len() - 1] {
             let cut = bench.cut(&whole, step);
             expect_exit(bench.resume(&cut, 1, settings), 0);
             assert_eq!(results(&cut), results(&whole), "{name} resumed after step {step}");
@@ -303,12 +347,16 @@ fn eval_repeats_the_last_validation_loss() {
         let run = bench.finished(name, 1, settings);
         let lines = metrics(&run);
         // The last step is of the fine level, step 5 of a coarse one in most cycles: both are loss of the fine net.
-        for (step, path) in [(12, run.clone()), (5, checkpoint(&run, 5))] {
+        let evaluated = |line: &&Value| !line["val_loss"].is_null();
+        let step_of = |line: &Value| line["step"].as_u64().unwrap();
+        let first = step_of(lines.iter().find(evaluated).unwrap());
+        for (step, path) in [(12, run.clone()), (first, checkpoint(&run, first))] {
             let output = Command::new(VCYCLE).args(["eval", "--json"]).arg(path).output().unwrap();
             assert!(output.status.success(), "{}", stderr(&output));
             let eval: Value = serde_json::from_slice(&output.stdout).unwrap();
             assert_eq!(eval["step"], step);
-            let (now, then) = (eval["val_loss"].as_f64().unwrap(), lines[step - 1]["val_loss"].as_f64().unwrap());
+            let line = lines.iter().rfind(|line| step_of(line) == step).unwrap();
+            let (now, then) = (eval["val_loss"].as_f64().unwrap(), line["val_loss"].as_f64().unwrap());
             assert!((now - then).abs() < 1e-6, "{name}, step {step}: {now} against {then}");
         }
     }

@@ -39,6 +39,15 @@ impl Round {
         self.main.steps() + self.coarse_steps()
     }
 
+    /// The level of the first coarse step, and the steps there since the last switch.
+    pub fn coarse_start(&self) -> Option<(usize, u64)> {
+        let first = self.coarse.iter().position(|op| op.steps() > 0)?;
+        match self.coarse[first] {
+            Op::Smooth { level, .. } => Some((level, if first == 0 { self.since } else { 0 })),
+            _ => None,
+        }
+    }
+
     pub fn coarse_steps(&self) -> u64 {
         self.coarse.iter().map(Op::steps).sum()
     }

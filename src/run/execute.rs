@@ -49,9 +49,6 @@ pub struct RoundReport {
     pub main: StepReport,
     /// Mean of the steps on coarse levels beside it.
     pub coarse: Option<StepReport>,
-    /// Learning rates of the first steps.
-    pub lr: f64,
-    pub coarse_lr: f64,
     /// Wishes of all ranks, summed.
     pub wishes: [f64; 2],
     pub correction: Option<Correction>,
@@ -66,6 +63,20 @@ pub struct Waits {
     pub seconds: f64,
     /// Share of the time in which the root of each group waited for other groups or exchanged results with them.
     pub shares: Vec<f64>,
+}
+
+impl std::fmt::Display for Waits {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "of {:.1} s,", self.seconds)?;
+        for (group, (ranks, share)) in self.groups.sizes().iter().zip(&self.shares).enumerate() {
+            let (comma, ranks) = (
+                if group > 0 { "," } else { "" },
+                if *ranks == 1 { "1 rank".into() } else { format!("{ranks} ranks") },
+            );
+            write!(f, "{comma} group {group} ({ranks}) waited {:.1}%", 100.0 * share)?;
+        }
+        Ok(())
+    }
 }
 
 /// The ends as they were where each net of a round starts, and the sum of what the nets made of them: θ_e, then moments.
@@ -125,15 +136,14 @@ impl Executor {
                 LocalOp::ShareGradient => self.share_gradient(comm, now, &mut tally)?,
                 LocalOp::Meet => self.meet(comm, now, &tally, &mut report)?,
                 LocalOp::Update { level, cosets, nets } => {
-                    report.lr = learning_rate(now, level, 0, now.progress.since_switch);
                     if report.is_finite() {
                         let cosets: Vec<usize> = cosets.iter().map(|&coset| self.coset(now, level, coset)).collect();
-                        self.learner.update(level, &cosets, report.lr, report.main.grad_norm, nets)?;
+                        self.learner.update(level, &cosets, report.main.lr, report.main.grad_norm, nets)?;
                         self.count_others(round, level, nets, 1, comm.rank());
                     }
                 }
                 LocalOp::Fork => self.take_fork(now)?,
-                LocalOp::Smooth(smooth) => self.smooth(comm, now, &smooth, &mut tally, &mut report)?,
+                LocalOp::Smooth(smooth) => self.smooth(comm, now, &smooth, &mut tally)?,
                 LocalOp::Bank => self.bank(now, comm.rank())?,
                 LocalOp::ShareEnds { level, nets, steps } => {
                     self.share_ends(comm, level, nets, steps)?;
@@ -232,12 +242,16 @@ impl Executor {
         self.idle.measure(|| comm.reduce(&mut sums, Reduction::Sum))?;
         self.idle.sums.iter_mut().zip(&sums[numbers..]).for_each(|(sum, seconds)| *sum += seconds);
         report.wishes = [sums[0], sums[1]];
-        let mean = |side: usize, steps: f64, ends: f64| StepReport {
-            loss: sums[2 + side] / steps,
-            grad_norm: (sums[4 + side] / steps + ends).sqrt(),
+        let mean = |side: usize, steps: u64, ends: f64, lr: f64| StepReport {
+            loss: sums[2 + side] / steps as f64,
+            grad_norm: (sums[4 + side] / steps as f64 + ends).sqrt(),
+            lr,
         };
-        report.main = mean(0, self.places.net_steps(round) as f64, tally.ends);
-        report.coarse = (!round.coarse.is_empty()).then(|| mean(1, round.coarse_steps() as f64, 0.0));
+        let lr = learning_rate(now, level_of(&round.main), 0, now.progress.since_switch);
+        report.main = mean(0, self.places.net_steps(round), tally.ends, lr);
+        report.coarse = round
+            .coarse_start()
+            .map(|(level, since)| mean(1, round.coarse_steps(), 0.0, learning_rate(now, level, 0, Some(since))));
         if round.groups.len() > 1 {
             let groups = round.groups.clone();
             self.apart = Some(match (&round.coarse[..], &round.main) {
@@ -257,14 +271,7 @@ impl Executor {
         }
     }
 
-    fn smooth(
-        &mut self,
-        comm: &mut dyn Communicator,
-        now: &Now,
-        smooth: &Smooth,
-        tally: &mut Tally,
-        report: &mut RoundReport,
-    ) -> Result<()> {
+    fn smooth(&mut self, comm: &mut dyn Communicator, now: &Now, smooth: &Smooth, tally: &mut Tally) -> Result<()> {
         let &Smooth { side, level, coset, steps, batch, stride, since, .. } = smooth;
         let counts = now.round.groups.is_root(comm.rank());
         let target = Target { level, coset: self.coset(now, level, coset) };
@@ -272,11 +279,6 @@ impl Executor {
         for i in 0..steps {
             let since = since.or(now.progress.since_switch).map(|since| since + i);
             let lr = learning_rate(now, level, smooth.passed(i), since);
-            match side {
-                Side::Main if i == 0 => report.lr = lr,
-                Side::Coarse if smooth.passed(i) == 0 => report.coarse_lr = lr,
-                _ => {}
-            }
             let step = self.learner.step(team, target, first_sequence(now, side, batch + i * stride), lr)?;
             tally.loss[side as usize] += step.loss;
             tally.squares[side as usize] += if counts { step.grad_norm.powi(2) } else { 0.0 };
@@ -298,7 +300,7 @@ impl Executor {
 
     /// Remembers the ends of the level.
     fn take_fork(&mut self, now: &Now) -> Result<()> {
-        let ends = self.learner.hierarchy.ends(level_of(now.round));
+        let ends = self.learner.hierarchy.ends(level_of(&now.round.main));
         self.fork.updates = ends.updates[0];
         let copies = ends_tensors(ends).into_iter().map(|tensor| Ok(access::read::<f32>(tensor)?.to_vec()));
         self.fork.start = copies.collect::<Result<_>>()?;
@@ -308,7 +310,7 @@ impl Executor {
 
     /// sums += ends, counted by one rank a group; ends = those of the fork.
     fn bank(&mut self, now: &Now, rank: usize) -> Result<()> {
-        let level = level_of(now.round);
+        let level = level_of(&now.round.main);
         let ends = self.learner.hierarchy.ends(level);
         if now.round.groups.is_root(rank) {
             for (tensor, sums) in ends_tensors(ends).into_iter().zip(&mut self.fork.sums) {
@@ -413,8 +415,8 @@ fn learning_rate(now: &Now, level: usize, passed: u64, since_switch: Option<u64>
     optim::learning_rate(schedule, optimizer.lr, now.progress.step + passed, run.steps, level, since_switch)
 }
 
-fn level_of(round: &Round) -> usize {
-    if let Op::Smooth { level, .. } = round.main { level } else { 0 }
+fn level_of(op: &Op) -> usize {
+    if let Op::Smooth { level, .. } = *op { level } else { 0 }
 }
 
 /// θ_e and its moments.

@@ -32,6 +32,7 @@ pub struct StepReport {
     pub loss: f64,
     /// Global norm of the gradient before clipping.
     pub grad_norm: f64,
+    pub lr: f64,
 }
 
 impl StepReport {
@@ -105,7 +106,7 @@ impl Learner {
         if grad_norm.is_finite() {
             self.update(target.level, &[target.coset], lr, grad_norm, 1)?;
         }
-        Ok(StepReport { loss, grad_norm })
+        Ok(StepReport { loss, grad_norm, lr })
     }
 
     /// θ ← θ + update, for the rows of these cosets and for the ends, whose gradient is the sum over `nets` nets; all are

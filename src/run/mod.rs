@@ -20,7 +20,7 @@ mod train;
 pub use console::Console;
 pub use directory::{Difference, RunDirectory, differences};
 pub use environment::{gemm_peak, use_threads};
-pub use gradient::{Target, micro_batch};
+pub use gradient::{Ends, Target, micro_batch};
 pub use learner::{Learner, StepReport};
 pub use progress::Progress;
 pub use resolve::resolve_vocab;

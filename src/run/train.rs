@@ -184,14 +184,13 @@ impl Trainer {
     /// The optimizer steps of a round, and what is due after them.
     fn steps(&mut self, comm: &mut dyn Communicator, round: &Round) -> Result<Outcome> {
         let before = self.progress.step;
-        let step = before + round.steps();
-        let wishes = self.schedule.wishes(before, step);
+        let wishes = self.schedule.wishes(before, before + round.steps());
         let work = self.work(round);
         let Trainer { config, executor, progress, .. } = self;
         let now = Now { config, progress, round, wishes: [wishes.stop, wishes.save] };
         let report = executor.execute(comm, &now)?;
         if !report.is_finite() {
-            return agree(comm, Err(self.diverged(step, &report)));
+            return agree(comm, Err(self.diverged(round, &report)));
         }
         let batches = self.executor.places().net_steps(round);
         self.progress.count_round(round, batches, self.config.data.batch as u64);
@@ -225,8 +224,10 @@ impl Trainer {
         Work { main, coarse: round.coarse.iter().filter_map(net).next_back() }
     }
 
-    fn diverged(&self, step: u64, report: &RoundReport) -> crate::error::Error {
-        let StepReport { loss, grad_norm } = match report.coarse {
+    fn diverged(&self, round: &Round, report: &RoundReport) -> crate::error::Error {
+        let step = self.progress.step + round.steps();
+        let unchanged = if round.steps() == 1 { "no parameter was changed by that step and " } else { "" };
+        let StepReport { loss, grad_norm, .. } = match report.coarse {
             Some(coarse) if report.main.is_finite() => coarse,
             _ => report.main,
         };
@@ -235,7 +236,7 @@ impl Trainer {
             None => "no checkpoint had been written".to_owned(),
         };
         anyhow!(
-            "{DIVERGED} {step}: loss {loss}, gradient norm {grad_norm}; no parameter was changed by that step and {last}. Lower optimizer.lr (now {}), set optimizer.clip or warm up longer",
+            "{DIVERGED} {step}: loss {loss}, gradient norm {grad_norm}; {unchanged}{last}. Lower optimizer.lr (now {}), set optimizer.clip or warm up longer",
             self.config.optimizer.lr
         )
     }
@@ -244,10 +245,7 @@ impl Trainer {
     fn log_groups(&self, report: &RoundReport) {
         let step = self.progress.step;
         if let Some(waits) = &report.waits {
-            let groups = waits.groups.sizes().iter().zip(&waits.shares);
-            let groups: Vec<String> =
-                groups.map(|(ranks, share)| format!("{ranks} ranks waited {:.1}%", 100.0 * share)).collect();
-            tracing::info!("step {step}: groups of {} of {:.1} s for each other", groups.join(", "), waits.seconds);
+            tracing::info!("step {step}: {waits}");
         }
         if let Some(correction) = &report.correction {
             tracing::info!("step {step}: {correction}");
@@ -265,9 +263,9 @@ impl Trainer {
         if val_loss.is_none() && !root.recorder.is_due(before, step) {
             return Ok(());
         }
-        let main = self.metrics("smooth", work.main, report.main, report.lr, root.peak_flops);
+        let main = self.metrics("smooth", work.main, report.main, root.peak_flops);
         let coarse = work.coarse.zip(report.coarse);
-        let coarse = coarse.map(|(net, step)| self.metrics("beside", net, step, report.coarse_lr, root.peak_flops));
+        let coarse = coarse.map(|(net, step)| self.metrics("beside", net, step, root.peak_flops));
         (self.clock.line, self.clock.line_tokens, self.clock.line_flops) =
             (Instant::now(), self.tokens(), self.flops.total);
         let Some(root) = &mut self.root else { return Ok(()) };
@@ -280,7 +278,7 @@ impl Trainer {
         (self.progress.sequences + self.progress.coarse_sequences) * self.config.data.context as u64
     }
 
-    fn metrics(&self, op: &str, net: Trained, report: StepReport, lr: f64, peak_flops: f64) -> Metrics {
+    fn metrics(&self, op: &str, net: Trained, report: StepReport, peak_flops: f64) -> Metrics {
         let (progress, clock) = (&self.progress, &self.clock);
         let seconds = clock.line.elapsed().as_secs_f64();
         Metrics {
@@ -292,7 +290,7 @@ impl Trainer {
             rows: self.config.rows(net.level),
             loss: report.loss,
             val_loss: None,
-            lr,
+            lr: report.lr,
             grad_norm: report.grad_norm,
             tokens: self.tokens(),
             flops_total: self.flops.total,
