@@ -311,6 +311,28 @@ fn two_ranks_resume_bit_for_bit_and_other_world_sizes_go_on() {
     }
 }
 
+/// Groups of MPI processes: the same training as on one rank, resumed bit for bit in the middle, also on more ranks.
+#[test]
+fn placements_train_as_one_rank_does_and_resume_in_the_middle() {
+    let bench = Bench::new();
+    for (name, settings) in [("cosets", COSETS), ("beside", BESIDE)] {
+        let one = losses(&bench.finished(name, 1, settings));
+        for ranks in [2, 4] {
+            let whole = bench.finished(&format!("{name}-{ranks}"), ranks, settings);
+            assert_close(&losses(&whole), &one, 1e-3);
+            let saved = saved_steps(&whole);
+            let middle = saved[saved.len() / 3];
+            let cut = bench.cut(&whole, middle);
+            expect_exit(bench.resume(&cut, ranks, settings), 0);
+            assert_eq!(results(&cut), results(&whole), "{name} on {ranks} ranks, resumed after step {middle}");
+            assert_eq!(checksums(&cut, 12), checksums(&whole, 12), "{name} on {ranks} ranks, after step {middle}");
+            let cut = bench.cut(&whole, middle);
+            expect_exit(bench.resume(&cut, 6 - ranks, settings), 0);
+            assert_close(&losses(&cut), &one, 1e-3);
+        }
+    }
+}
+
 #[test]
 fn ranks_give_the_losses_of_one_rank() {
     let bench = Bench::new();
@@ -411,6 +433,33 @@ fn a_signal_to_any_rank_checkpoints_all_and_exits_75() {
     }
 }
 
+/// On either rank, in the middle of what the two do apart; then again until it is resumed on one rank.
+#[test]
+fn a_signal_stops_groups_at_their_next_meeting() {
+    let bench = Bench::new();
+    let phases = "cycle.phases=[{level=0,steps=2},{level=1,steps=2000},{level=0,steps=1990},{level=0,steps=8}]";
+    let beside = ["levels.count=2", "cycle.kind=phases", phases, "parallel.placement=beside", "parallel.sync_every=3"];
+    let cosets = ["levels.count=2", "levels.transfer=injection", "cycle.kind=paper", "parallel.placement=cosets"];
+    for (i, settings) in [&beside[..], &cosets].into_iter().enumerate() {
+        let settings = [settings, &["run.steps=4000", "checkpoint.every_steps=0"]].concat();
+        let run = bench.path(&format!("signal-{i}"));
+        let mut command = bench.train(&run, 2, &settings, &[]);
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        wait_for_step(&run, &mut child, 20);
+        // SAFETY: sends a signal to a process that this test started.
+        assert_eq!(unsafe { libc::kill(processes_of(&run)[1 - i], libc::SIGTERM) }, 0);
+        expect_exit(child.wait_with_output().unwrap(), 75);
+        let step = metrics(&run).last().unwrap()["step"].as_u64().unwrap();
+        assert!(checkpoint(&run, step).join("manifest.json").exists());
+        for ranks in [2, 1] {
+            let limited = [&settings[..], &["run.max_minutes=0.001"]].concat();
+            let text = expect_exit(bench.resume(&run, ranks, &limited), 75);
+            assert!(text.contains("resumed at step"), "{text}");
+        }
+        assert!(metrics(&run).last().unwrap()["step"].as_u64().unwrap() > step);
+    }
+}
+
 #[test]
 fn a_killed_run_goes_on_from_its_newest_complete_checkpoint() {
     let bench = Bench::new();
@@ -464,11 +513,13 @@ fn a_run_past_its_wall_clock_stops_with_75_and_resumes_until_it_is_done() {
 #[test]
 fn divergence_is_an_error_that_changes_nothing() {
     let bench = Bench::new();
-    let run = bench.path("diverges");
-    let settings = ["optimizer.kind=sgd", "optimizer.lr=1e30", "optimizer.clip=0", "schedule.warmup=0"];
-    let text = expect_exit(bench.train(&run, 2, &settings, &[]).output().unwrap(), 1);
-    assert_eq!(text.matches("training diverged at step").count(), 1, "{text}");
-    assert!(text.contains("optimizer.lr"), "{text}");
+    let diverging = ["optimizer.kind=sgd", "optimizer.lr=1e30", "optimizer.clip=0", "schedule.warmup=0"];
+    for (name, placement) in [("together", &[][..]), ("cosets", COSETS), ("beside", BESIDE)] {
+        let text = [placement, &diverging].concat();
+        let text = expect_exit(bench.train(&bench.path(name), 2, &text, &[]).output().unwrap(), 1);
+        assert_eq!(text.matches("training diverged at step").count(), 1, "{text}");
+        assert!(text.contains("optimizer.lr"), "{text}");
+    }
 }
 
 #[test]
@@ -481,6 +532,21 @@ fn bad_input_is_one_clear_error_on_any_number_of_ranks() {
         (&["data.context=100000"], "context"),
         (&["model.vocab=100"], "model.vocab = 100 is too small"),
         (&["parallel.device=cuda"], "parallel.device"),
+        (&["parallel.placement=cosets"], "needs levels.transfer = \"injection\" (now \"copy\")"),
+        (&["parallel.placement=beside", "levels.count=2", "cycle.kind=cascade"], "nothing to put beside it"),
+        (&["parallel.groups=[1, 1]"], "parallel.groups"),
+        (
+            &[
+                "parallel.placement=beside",
+                "levels.count=2",
+                "cycle.kind=v",
+                "cycle.coarse=4",
+                "cycle.pre=1",
+                "cycle.post=1",
+                "parallel.groups=[2, 2]",
+            ],
+            "parallel.groups = [2, 2] is for 4 ranks",
+        ),
     ];
     for (settings, expected) in cases {
         for ranks in [1, 2] {
