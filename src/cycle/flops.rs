@@ -13,12 +13,12 @@ pub struct Phase {
     pub beside: bool,
 }
 
-/// Tokens of the global batch, B T.
-pub fn tokens_per_step(config: &Config) -> u64 {
-    config.data.batch as u64 * config.data.context as u64
+/// Tokens of a global batch on `level`, B_l T.
+pub fn tokens_per_step(config: &Config, level: usize) -> u64 {
+    config.batch(level) as u64 * config.data.context as u64
 }
 
-/// FLOPs of `op`: steps · step_flops(N_l, B T) a smooth, times the number of cosets where all are trained. What a switch,
+/// FLOPs of `op`: steps · step_flops(N_l, B_l T) a smooth, times the number of cosets where all are trained. What a switch,
 /// an evaluation, a held-out batch or the measurement of a coherence term costs is not counted.
 pub fn flops(config: &Config, spec: &Spec, op: &Op) -> Flops {
     phases(config, spec, op).iter().map(|phase| phase.flops).sum()
@@ -33,7 +33,7 @@ fn phases(config: &Config, spec: &Spec, op: &Op) -> Vec<Phase> {
     match *op {
         Op::Smooth { level, coset, steps } => {
             let nets = if coset == Coset::All { config.levels.factor.pow(level as u32) as u64 } else { 1 };
-            let flops = step_flops(spec, config.rows(level), tokens_per_step(config)) * (steps * nets);
+            let flops = step_flops(spec, config.rows(level), tokens_per_step(config, level)) * (steps * nets);
             vec![Phase { level, coset, steps, flops, beside: false }]
         }
         Op::Beside { fine, ref coarse, .. } => {
@@ -48,4 +48,24 @@ fn phases(config: &Config, spec: &Spec, op: &Op) -> Vec<Phase> {
 /// FLOPs of all phases.
 pub fn total(phases: &[Phase]) -> Flops {
     phases.iter().map(|phase| phase.flops).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_level_counts_the_tokens_of_its_own_batch() {
+        let config = |batch: &str| {
+            let text = format!(
+                "[run]\nsteps = 10\n[data]\ndir = \"d\"\nbatch = 16\n[model]\nvocab = 64\ndepth = 8\n\
+                 [levels]\ncount = 2\n{batch}\n[cycle]\nkind = \"cascade\"\nfractions = [0.5, 0.5]"
+            );
+            crate::config::parse(&text, &[]).unwrap()
+        };
+        let phases = |config: &Config| plan_flops(config, &Spec::new(config), &super::super::plan(config));
+        let (all, less) = (phases(&config("")), phases(&config("batch = [16, 4]")));
+        assert_eq!(all[1], less[1]);
+        assert_eq!((all[0].level, all[0].flops.total), (1, less[0].flops.total * 4));
+    }
 }

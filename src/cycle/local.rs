@@ -15,9 +15,10 @@ pub enum Side {
 /// What one rank does. Executing the list of every rank carries out the plan; no rank decides anything on its own.
 #[derive(Clone, Debug, PartialEq)]
 pub enum LocalOp {
-    /// The gradient of one net on one global batch, the `batch`-th from the run's position on: its rows are summed over the
-    /// group. The ends too, unless they are `shared`: then they add up over the group's nets and wait for `ShareGradient`.
-    Gradient { level: usize, coset: Coset, batch: u64, shared: bool },
+    /// The gradient of one net on one global batch, the sequences from `first` on, counted from the round's start: its rows are
+    /// summed over the group. The ends too, unless they are `shared`: then they add up over the group's nets and wait for
+    /// `ShareGradient`.
+    Gradient { level: usize, coset: Coset, first: u64, shared: bool },
     /// Ends' gradient = Σ over all ranks.
     ShareGradient,
     /// Losses, gradient norms, idle times, wishes to save or stop: all ranks know those of all.
@@ -47,8 +48,8 @@ pub struct Smooth {
     pub level: usize,
     pub coset: Coset,
     pub steps: u64,
-    /// Step i reads global batch `batch + i · stride` of the side's sequences, counted from the round's start.
-    pub batch: u64,
+    /// Step i reads a global batch from sequence `first + i · stride` of its side on, counted from the round's start.
+    pub first: u64,
     pub stride: u64,
     /// Steps that the net has had since the last switch; `None`: the run's own count goes on.
     pub since: Option<u64>,
@@ -105,10 +106,10 @@ impl Places {
     /// What `rank` does in `round`.
     pub fn local(&self, round: &Round, rank: usize) -> Vec<LocalOp> {
         match &round.main {
-            Op::Smooth { steps, .. } if !round.coarse.is_empty() => beside(round, *steps, rank),
+            Op::Smooth { steps, .. } if !round.coarse.is_empty() => self.beside(round, *steps, rank),
             Op::Smooth { level, coset: Coset::All, steps } => self.cosets(round, *level, *steps, rank),
             Op::Smooth { level, coset, .. } => vec![
-                LocalOp::Gradient { level: *level, coset: *coset, batch: 0, shared: false },
+                LocalOp::Gradient { level: *level, coset: *coset, first: 0, shared: false },
                 LocalOp::Meet,
                 LocalOp::Update { level: *level, cosets: vec![*coset], nets: 1 },
             ],
@@ -120,8 +121,9 @@ impl Places {
     fn cosets(&self, round: &Round, level: usize, steps: u64, rank: usize) -> Vec<LocalOp> {
         let (groups, nets) = (&round.groups, self.nets(level, Coset::All));
         let own = own_cosets(groups, nets, rank);
+        let first = |k: usize| k as u64 * self.batch(level);
         let mut ops = if self.sync_every() == 1 {
-            let gradient = |k| LocalOp::Gradient { level, coset: Coset::Index(k), batch: k as u64, shared: true };
+            let gradient = |k| LocalOp::Gradient { level, coset: Coset::Index(k), first: first(k), shared: true };
             let update = LocalOp::Update { level, cosets: own.clone().map(Coset::Index).collect(), nets };
             own.map(gradient).chain([LocalOp::ShareGradient, LocalOp::Meet, update]).collect()
         } else {
@@ -131,8 +133,8 @@ impl Places {
                     level,
                     coset: Coset::Index(k),
                     steps,
-                    batch: k as u64,
-                    stride: nets as u64,
+                    first: first(k),
+                    stride: first(nets),
                     since: None,
                     done: 0,
                     of: steps,
@@ -149,53 +151,63 @@ impl Places {
         }
         ops
     }
+
+    /// The fine level by the first group, the coarse one by the last; one group does both. There the coarse side comes first,
+    /// as it must: its descent reads θ⁰, which the fine side changes.
+    fn beside(&self, round: &Round, steps: u64, rank: usize) -> Vec<LocalOp> {
+        let (groups, round_steps) = (&round.groups, round.steps());
+        let group = groups.of(rank);
+        let mut ops = Vec::new();
+        if group + 1 == groups.len() {
+            let (of, mut done, mut since, mut first) = (round.coarse_steps(), 0, round.since, 0);
+            for op in &round.coarse {
+                let Op::Smooth { level, coset, steps } = *op else {
+                    ops.push(LocalOp::Switch { side: Side::Coarse, op: op.clone() });
+                    since = 0;
+                    continue;
+                };
+                let (side, since) = (Side::Coarse, Some(since));
+                let stride = self.batch(level);
+                ops.push(LocalOp::Smooth(Smooth {
+                    side,
+                    level,
+                    coset,
+                    steps,
+                    first,
+                    stride,
+                    since,
+                    done,
+                    of,
+                    round_steps,
+                }));
+                (done, first) = (done + steps, first + steps * stride);
+            }
+        }
+        if group == 0 && steps > 0 {
+            let (side, coset) = (Side::Main, Coset::Index(0));
+            let smooth = Smooth {
+                side,
+                level: 0,
+                coset,
+                steps,
+                first: 0,
+                stride: self.batch(0),
+                since: None,
+                done: 0,
+                of: steps,
+                round_steps,
+            };
+            ops.push(LocalOp::Smooth(smooth));
+        }
+        ops.push(LocalOp::Meet);
+        if round.ends {
+            ops.push(LocalOp::Accept);
+        }
+        ops
+    }
 }
 
 /// The cosets that the group of `rank` trains.
 pub fn own_cosets(groups: &Groups, nets: usize, rank: usize) -> Range<usize> {
     share(nets, groups.of(rank), groups.len())
-}
-
-/// The fine level by the first group, the coarse one by the last; one group does both. There the coarse side comes first,
-/// as it must: its descent reads θ⁰, which the fine side changes.
-fn beside(round: &Round, steps: u64, rank: usize) -> Vec<LocalOp> {
-    let (groups, round_steps) = (&round.groups, round.steps());
-    let group = groups.of(rank);
-    let mut ops = Vec::new();
-    if group + 1 == groups.len() {
-        let (of, mut done, mut since) = (round.coarse_steps(), 0, round.since);
-        for op in &round.coarse {
-            let Op::Smooth { level, coset, steps } = *op else {
-                ops.push(LocalOp::Switch { side: Side::Coarse, op: op.clone() });
-                since = 0;
-                continue;
-            };
-            let (side, since) = (Side::Coarse, Some(since));
-            let (batch, stride) = (done, 1);
-            ops.push(LocalOp::Smooth(Smooth {
-                side,
-                level,
-                coset,
-                steps,
-                batch,
-                stride,
-                since,
-                done,
-                of,
-                round_steps,
-            }));
-            done += steps;
-        }
-    }
-    if group == 0 && steps > 0 {
-        let (side, coset) = (Side::Main, Coset::Index(0));
-        let smooth =
-            Smooth { side, level: 0, coset, steps, batch: 0, stride: 1, since: None, done: 0, of: steps, round_steps };
-        ops.push(LocalOp::Smooth(smooth));
-    }
-    ops.push(LocalOp::Meet);
-    if round.ends {
-        ops.push(LocalOp::Accept);
-    }
-    ops
 }

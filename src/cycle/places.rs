@@ -13,6 +13,8 @@ pub struct Places {
     given: Vec<usize>,
     sync_every: u64,
     factor: usize,
+    /// B_l: sequences of a global batch on each level, finest first.
+    batches: Vec<u64>,
     /// FLOPs of an optimizer step on one net of each level, finest first.
     step_flops: Vec<f64>,
 }
@@ -63,13 +65,14 @@ impl Places {
             given.is_empty() || sum == ranks,
             "parallel.groups = {given:?} is for {sum} ranks, but there are {ranks}: make the sizes add up to {ranks}, or leave the key out"
         );
-        let flops = |level| step_flops(spec, config.rows(level), tokens_per_step(config)).total as f64;
+        let flops = |level| step_flops(spec, config.rows(level), tokens_per_step(config, level)).total as f64;
         Ok(Places {
             placement: config.parallel.placement,
             ranks,
             given: given.clone(),
             sync_every: config.parallel.sync_every,
             factor: config.levels.factor,
+            batches: (0..config.levels.count).map(|level| config.batch(level) as u64).collect(),
             step_flops: (0..config.levels.count).map(flops).collect(),
         })
     }
@@ -93,6 +96,20 @@ impl Places {
             Op::Smooth { level, coset, steps } => steps * self.nets(level, coset) as u64,
             _ => 0,
         }
+    }
+
+    /// B_l.
+    pub(super) fn batch(&self, level: usize) -> u64 {
+        self.batches[level]
+    }
+
+    /// Sequences that a round reads on the main and on the coarse side.
+    pub fn sequences(&self, round: &Round) -> [u64; 2] {
+        let of = |op: &Op| match *op {
+            Op::Smooth { level, coset, steps } => steps * self.nets(level, coset) as u64 * self.batch(level),
+            _ => 0,
+        };
+        [of(&round.main), round.coarse.iter().map(of).sum()]
     }
 
     /// The groups that carry `op` out: one of all ranks, unless the placement puts parts of it side by side.

@@ -51,22 +51,22 @@ impl Knowledge {
     }
 }
 
-/// One round of all ranks. Returns the batches read, by side.
+/// One round of all ranks. Returns the sequences read, by side.
 fn carry_out(round: &Round, places: &Places, ranks: &mut [Knowledge]) -> Vec<(Side, u64)> {
-    let mut batches = Vec::new();
+    let mut sequences = Vec::new();
     let groups = &round.groups;
     for (rank, own) in ranks.iter_mut().enumerate() {
-        let mut read = |side, batch| {
+        let mut read = |side, level, first| {
             if groups.is_root(rank) {
-                batches.push((side, batch))
+                sequences.extend((first..first + places.batch(level)).map(|sequence| (side, sequence)));
             }
         };
         for op in places.local(round, rank) {
             match op {
-                LocalOp::Gradient { batch, .. } => read(Side::Main, batch),
+                LocalOp::Gradient { level, first, .. } => read(Side::Main, level, first),
                 LocalOp::Update { level, cosets, .. } => cosets.iter().for_each(|&k| own.train(level, k, 1)),
                 LocalOp::Smooth(smooth) => {
-                    (0..smooth.steps).for_each(|i| read(smooth.side, smooth.batch + i * smooth.stride));
+                    (0..smooth.steps).for_each(|i| read(smooth.side, smooth.level, smooth.first + i * smooth.stride));
                     assert!(smooth.passed(smooth.steps - 1) < round.steps());
                     assert_eq!(smooth.level, if smooth.side == Side::Main { own.level } else { own.coarse_level });
                     own.train(smooth.level, smooth.coset, smooth.steps);
@@ -97,7 +97,7 @@ fn carry_out(round: &Round, places: &Places, ranks: &mut [Knowledge]) -> Vec<(Si
             }
         }
     }
-    batches
+    sequences
 }
 
 /// The steps of all nets together that the plan asks for, by level.
@@ -127,7 +127,7 @@ proptest! {
         prop_assert_eq!(left_over(lists), 0);
     }
 
-    /// In the end every rank knows the same, each net had the steps that the plan asks for, and no batch was read twice.
+    /// In the end every rank knows the same, each net had the steps that the plan asks for, and no sequence was read twice.
     #[test]
     fn all_ranks_end_alike_and_every_step_is_done_once(config in configs(200), ranks in 1..=64usize) {
         let (plan, places) = (plan(&config), places(&config, ranks));
@@ -139,15 +139,10 @@ proptest! {
                 let round = places.round(op, done);
                 prop_assert_eq!(round.groups.ranks(), ranks);
                 prop_assert!(round.groups.len() == 1 || divisions.contains(&round.groups));
-                let batches = carry_out(&round, &places, &mut knowledge);
-                let main = if let Op::Smooth { level, coset, steps } = round.main {
-                    steps * places.nets(level, coset) as u64
-                } else {
-                    0
-                };
-                let read = |side| batches.iter().filter(|(s, _)| *s == side).map(|(_, batch)| *batch).collect::<Vec<_>>();
-                for (side, count) in [(Side::Main, main), (Side::Coarse, round.coarse_steps())] {
-                    let read = read(side);
+                let read = carry_out(&round, &places, &mut knowledge);
+                for (side, count) in [Side::Main, Side::Coarse].into_iter().zip(places.sequences(&round)) {
+                    let read = read.iter().filter(|(s, _)| *s == side).map(|(_, sequence)| *sequence);
+                    let read: Vec<u64> = read.collect();
                     prop_assert_eq!(read.len() as u64, count);
                     prop_assert_eq!(BTreeSet::from_iter(read), (0..count).collect());
                 }

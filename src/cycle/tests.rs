@@ -28,10 +28,11 @@ pub(super) fn configs(limit: u64) -> impl Strategy<Value = Config> {
         let sum: u32 = shares[..count].iter().sum();
         let fractions: Vec<f64> = shares[..count].iter().map(|&s| s as f64 / sum.max(1) as f64).collect();
         let fractions = if sum == 0 { String::new() } else { format!("fractions = {fractions:?}") };
+        let batch: Vec<u32> = (0..count).map(|level| if level == 0 { 4 } else { shares[level] % 5 + 1 }).collect();
         let (first, before) = (cut % (steps + 1), cut % (steps + 1) / 3);
         let text = format!(
-            "[run]\nsteps = {steps}\n[data]\ndir = 'x'\n[model]\nvocab = 64\ndepth = {}\n\
-             [levels]\ncount = {count}\nfactor = {factor}\ntransfer = '{transfer}'\nstate = '{state}'\ncoset = '{coset}'\n\
+            "[run]\nsteps = {steps}\n[data]\ndir = 'x'\nbatch = 4\n[model]\nvocab = 64\ndepth = {}\n\
+             [levels]\ncount = {count}\nbatch = {batch:?}\nfactor = {factor}\ntransfer = '{transfer}'\nstate = '{state}'\ncoset = '{coset}'\n\
              [cycle]\nkind = '{kind}'\npre = {pre}\npost = {post}\ncoarse = {coarse}\nfinish = {finish}\n{fractions}\n\
              phases = [{{ level = 0, steps = {before} }}, {{ level = {}, steps = {} }}, {{ level = 0, steps = {} }}]\n\
              [parallel]\nplacement = '{placement}'\nsync_every = {sync_every}",
@@ -151,7 +152,7 @@ fn the_plans_of_every_cycle() {
         ),
         (
             "[run]\nsteps = 10\n[levels]\ncount = 2\ntransfer = 'injection'\ncoset = 'random'\n[cycle]\nkind = 'cascade'",
-            "v1 1.?:5 ^0 0:5",
+            "v1 1.?:9 ^0 0:1",
         ),
         (
             "[run]\nsteps = 40\n[levels]\ncount = 2\ntransfer = 'injection'\n[cycle]\nkind = 'paper'\n\
@@ -215,16 +216,18 @@ fn a_shortened_smooth_gives_its_steps_to_finer_levels_in_proportion() {
 #[test]
 fn adaptive_leaves_a_level_that_no_longer_pays() {
     let config = config("[levels]\ncount = 2\n[cycle]\nkind = 'adaptive'\nthreshold = 0.3");
-    let leave = |decreases: &[f64]| {
-        let windows: Vec<_> = decreases.iter().map(|&decrease| Window { decrease, flops: 2.0 }).collect();
-        cycle(CycleKind::Adaptive).leave(&config, &windows)
-    };
-    assert!(!leave(&[]) && !leave(&[-1.0]), "nothing to compare with");
-    assert!(!leave(&[1.0, 0.8, 0.5]));
-    assert!(leave(&[1.0, 0.8, 0.1]));
-    assert!(leave(&[-0.5, -0.1]), "the loss grows");
-    assert!(!leave(&[1.0, f64::NAN]) && !leave(&[f64::NAN, 1.0]));
-    assert!(!cycle(CycleKind::Cascade).leave(&config, &[Window { decrease: 0.0, flops: 1.0 }; 3]));
+    let losses = |n: usize, loss: &dyn Fn(f64) -> f64| (1..=n).map(|s| loss(s as f64)).collect::<Vec<f64>>();
+    let leave = |losses: &[f64]| cycle(CycleKind::Adaptive).leave(&config, losses);
+    let when = |loss: &dyn Fn(f64) -> f64| (0..400).find(|&n| leave(&losses(n, loss)));
+    assert!(!leave(&[]) && !leave(&[2.0; 7]), "nothing to compare with");
+    assert!(leave(&[2.0; 8]), "nothing is gained");
+    assert_eq!(when(&|s| 1.5 + s.powf(-0.3)), None, "a power law, whatever its limit");
+    assert_eq!(when(&|s| 4.0 - s.ln() / 3.0), None);
+    let saturated = when(&|s| 1.5 + s.powf(-0.3).max(0.3)).unwrap();
+    assert!((55..200).contains(&saturated), "the loss is constant from s = 55 on: left at {saturated}");
+    assert_eq!(when(&|s| 1.5 + s.powf(0.3)), Some(8), "the loss grows");
+    assert_eq!(when(&|_| f64::NAN), None);
+    assert!(!cycle(CycleKind::Cascade).leave(&config, &[2.0; 8]));
 }
 
 #[test]

@@ -125,11 +125,11 @@ impl Executor {
         }
         for op in self.places.local(round, comm.rank()) {
             match op {
-                LocalOp::Gradient { level, coset, batch, shared } => self.gradient(
+                LocalOp::Gradient { level, coset, first, shared } => self.gradient(
                     comm,
                     now,
                     Target { level, coset: self.coset(now, level, coset) },
-                    batch,
+                    first,
                     shared,
                     &mut tally,
                 )?,
@@ -195,19 +195,19 @@ impl Executor {
         comm: &mut dyn Communicator,
         now: &Now,
         target: Target,
-        batch: u64,
+        first: u64,
         shared: bool,
         tally: &mut Tally,
     ) -> Result<()> {
         let groups = &now.round.groups;
-        let first = own_cosets(groups, self.places.nets(target.level, Coset::All), comm.rank()).start;
+        let own = own_cosets(groups, self.places.nets(target.level, Coset::All), comm.rank());
         let ends = match shared {
             false => Ends::Sum,
-            true if target.coset == first => Ends::Start,
+            true if target.coset == own.start => Ends::Start,
             true => Ends::Add,
         };
         let counts = groups.is_root(comm.rank());
-        let first = first_sequence(now, Side::Main, batch);
+        let first = sequence(now, Side::Main, first);
         tally.loss[0] += self.learner.gradient(self.teams.own(comm, groups), target, first, ends)?;
         let hierarchy = &self.learner.hierarchy;
         let square = if shared { square_of_rows(hierarchy, target) } else { square_of_gradient(hierarchy, target) }?;
@@ -272,14 +272,14 @@ impl Executor {
     }
 
     fn smooth(&mut self, comm: &mut dyn Communicator, now: &Now, smooth: &Smooth, tally: &mut Tally) -> Result<()> {
-        let &Smooth { side, level, coset, steps, batch, stride, since, .. } = smooth;
+        let &Smooth { side, level, coset, steps, first, stride, since, .. } = smooth;
         let counts = now.round.groups.is_root(comm.rank());
         let target = Target { level, coset: self.coset(now, level, coset) };
         let team = self.teams.own(comm, &now.round.groups);
         for i in 0..steps {
             let since = since.or(now.progress.since_switch).map(|since| since + i);
             let lr = learning_rate(now, level, smooth.passed(i), since);
-            let step = self.learner.step(team, target, first_sequence(now, side, batch + i * stride), lr)?;
+            let step = self.learner.step(team, target, sequence(now, side, first + i * stride), lr)?;
             tally.loss[side as usize] += step.loss;
             tally.squares[side as usize] += if counts { step.grad_norm.powi(2) } else { 0.0 };
         }
@@ -292,7 +292,7 @@ impl Executor {
         }
         let team = self.teams.own(comm, &now.round.groups);
         match *op {
-            Op::Descend { to } => self.learner.descend(team, side, to, first_sequence(now, side, 0)),
+            Op::Descend { to } => self.learner.descend(team, side, to, sequence(now, side, 0)),
             Op::Ascend { to } => self.learner.ascend(side, to),
             Op::Smooth { .. } | Op::Beside { .. } => unreachable!("localised as smooths"),
         }
@@ -370,7 +370,7 @@ impl Executor {
             self.exchange(comm, groups, Half::Fine)?;
             self.apart = None;
         }
-        let held_out = first_sequence(now, Side::Main, now.round.main.steps());
+        let held_out = sequence(now, Side::Main, self.places.sequences(now.round)[0]);
         self.learner.correct(comm, now.config.levels.alpha, held_out)
     }
 }
@@ -400,13 +400,12 @@ impl Idle {
     }
 }
 
-/// The first sequence of a side's `batch`-th global batch from the round's start on.
-fn first_sequence(now: &Now, side: Side, batch: u64) -> u64 {
-    let cursor = match side {
-        Side::Main => now.progress.sequences,
-        Side::Coarse => COARSE_SEQUENCES + now.progress.coarse_sequences,
-    };
-    cursor + batch * now.config.data.batch as u64
+/// The number of a side's `count`-th sequence of the round.
+fn sequence(now: &Now, side: Side, count: u64) -> u64 {
+    match side {
+        Side::Main => now.progress.sequences + count,
+        Side::Coarse => COARSE_SEQUENCES + now.progress.coarse_sequences + count,
+    }
 }
 
 /// The learning rate after `passed` steps of the round.

@@ -23,10 +23,9 @@ pub struct Differentiator {
     sampler: Sampler,
     batch: Batch,
     buckets: Buckets,
-    /// B and T
-    sequences: usize,
+    /// T
     context: usize,
-    /// Sequences differentiated at a time.
+    /// Sequences that are differentiated at once.
     micro_batch: usize,
 }
 
@@ -50,10 +49,11 @@ impl Differentiator {
         smallest: usize,
         largest: usize,
     ) -> Result<Differentiator> {
-        let sequences = config.data.batch;
+        let (batch, _) = config.batches();
         ensure!(
-            sequences >= largest,
-            "data.batch = {sequences} is less than the {largest} ranks, and each needs a sequence: take a larger batch or fewer ranks",
+            batch >= largest,
+            "{} = {batch} is less than the {largest} ranks, and each needs a sequence: take a larger batch or fewer ranks",
+            if batch == config.data.batch { "data.batch" } else { "the smallest of levels.batch" },
         );
         let micro_batch = micro_batch(config, smallest);
         let dataset = Dataset::open(&config.data.dir, Split::Train)?;
@@ -62,15 +62,9 @@ impl Differentiator {
             sampler: Sampler::new(&dataset, config.data.context, config.run.seed)?,
             batch: Batch::default(),
             buckets: Buckets::default(),
-            sequences,
             context: config.data.context,
             micro_batch,
         })
-    }
-
-    /// B: sequences of a global batch.
-    pub fn sequences(&self) -> u64 {
-        self.sequences as u64
     }
 
     /// The training sequences.
@@ -78,28 +72,28 @@ impl Differentiator {
         &self.sampler
     }
 
-    /// grad = ∂L/∂θ of the target (=), L the mean loss over `batches` global batches from sequence `first` on, of which each
-    /// rank of `comm` reads its share; returns this rank's share of L, in nats a token. Collective.
+    /// grad = ∂L/∂θ of the target (=), L the mean loss over `sequences` sequences from `first` on, at least one for each
+    /// rank of `comm`; returns this rank's share of L, in nats a token. Collective.
     pub fn gradient(
         &mut self,
         comm: &mut dyn Communicator,
         hierarchy: &Hierarchy,
         target: Target,
         first: u64,
-        batches: u64,
+        sequences: usize,
         ends: Ends,
     ) -> Result<f64> {
         zero_gradient(hierarchy, target, ends != Ends::Add)?;
-        let micro_batches = self.micro_batches(share(self.sequences, comm.rank(), comm.size()), first, batches);
-        let last = micro_batches.len() - 1;
-        let scale = 1.0 / (batches * (self.sequences * self.context) as u64) as f64;
-        let Differentiator { net, sampler, batch, buckets, .. } = self;
+        let share = share(sequences, comm.rank(), comm.size());
+        let scale = 1.0 / (sequences * self.context) as f64;
+        let Differentiator { net, sampler, batch, buckets, micro_batch, .. } = self;
         let (params, grads) =
             (hierarchy.params(target.level, target.coset), hierarchy.grads(target.level, target.coset));
         let mut loss = 0.0;
-        for (i, (first, count)) in micro_batches.into_iter().enumerate() {
-            sampler.batch(first, count, batch)?;
-            let mut ready = |part: Ready| match (i == last, part) {
+        for start in share.clone().step_by(*micro_batch) {
+            let end = share.end.min(start + *micro_batch);
+            sampler.batch(first + start as u64, end - start, batch)?;
+            let mut ready = |part: Ready| match (end == share.end, part) {
                 (false, _) => Ok(()),
                 (true, Ready::Block(n)) => {
                     let row = hierarchy.row_indices(target.level, target.coset)[n];
@@ -118,20 +112,6 @@ impl Differentiator {
     pub fn share_ends(&mut self, comm: &mut dyn Communicator, hierarchy: &Hierarchy, level: usize) -> Result<()> {
         self.buckets.add(comm, &hierarchy.ends(level).grad, 0)?;
         self.buckets.finish(comm)
-    }
-
-    /// First sequence and length of each micro-batch of the sequences `share` of each of `batches` global batches from
-    /// sequence `first` on.
-    fn micro_batches(&self, share: Range<usize>, first: u64, batches: u64) -> Vec<(u64, usize)> {
-        (0..batches)
-            .flat_map(|batch| {
-                let share = share.clone();
-                share.clone().step_by(self.micro_batch).map(move |start| {
-                    let begin = first + batch * self.sequences as u64 + start as u64;
-                    (begin, self.micro_batch.min(share.end - start))
-                })
-            })
-            .collect()
     }
 
     /// Sequences of the training data in one epoch.
@@ -157,7 +137,8 @@ impl Differentiator {
 
 /// Sequences that the rank with the largest share differentiates at once, if `ranks` share a global batch.
 pub fn micro_batch(config: &Config, ranks: usize) -> usize {
-    let largest_share = config.data.batch.div_ceil(ranks);
+    let (_, largest) = config.batches();
+    let largest_share = largest.div_ceil(ranks);
     match config.data.micro_batch {
         0 => largest_share,
         limit => limit.min(largest_share),

@@ -22,7 +22,10 @@ pub struct Learner {
     clip: f64,
     /// CompleteP: Adam's ε is multiplied by h.
     eps_follows_h: bool,
-    coherence_batches: u64,
+    /// B_l of each level.
+    batches: Vec<usize>,
+    /// Sequences over which a coherence term is measured.
+    coherence_sequences: usize,
 }
 
 /// What one optimizer step did.
@@ -81,7 +84,8 @@ impl Learner {
             validation: Validation::new(config)?,
             clip: config.optimizer.clip,
             eps_follows_h: config.model.parametrization == Parametrization::CompleteP,
-            coherence_batches: config.levels.coherence_batches,
+            batches: (0..config.levels.count).map(|level| config.batch(level)).collect(),
+            coherence_sequences: config.levels.coherence_batches as usize * config.data.batch,
             spec,
         })
     }
@@ -93,7 +97,8 @@ impl Learner {
     /// The gradient of `target` on the global batch that starts at sequence `first` (=), less the coherence term; this
     /// rank's share of the loss. Collective.
     pub fn gradient(&mut self, comm: &mut dyn Communicator, target: Target, first: u64, ends: Ends) -> Result<f64> {
-        let share = self.differentiator.gradient(comm, &self.hierarchy, target, first, 1, ends)?;
+        let share =
+            self.differentiator.gradient(comm, &self.hierarchy, target, first, self.batches[target.level], ends)?;
         self.hierarchy.correct_gradient(target.level)?;
         Ok(share)
     }
@@ -128,12 +133,12 @@ impl Learner {
         Ok(())
     }
 
-    /// Restricts to level `to`; a coherence term is measured on the batches from sequence `first` on. Collective.
+    /// Restricts to level `to`; a coherence term is measured on the sequences from `first` on. Collective.
     pub fn descend(&mut self, comm: &mut dyn Communicator, side: Side, to: usize, first: u64) -> Result<()> {
-        let Learner { hierarchy, differentiator, coherence_batches, .. } = self;
+        let Learner { hierarchy, differentiator, coherence_sequences, .. } = self;
         let mut gradient = |hierarchy: &Hierarchy, level| {
             let target = Target { level, coset: 0 };
-            differentiator.gradient(comm, hierarchy, target, first, *coherence_batches, Ends::Sum).map(drop)
+            differentiator.gradient(comm, hierarchy, target, first, *coherence_sequences, Ends::Sum).map(drop)
         };
         match side {
             Side::Main => hierarchy.descend(to, &mut gradient),
@@ -185,11 +190,11 @@ impl Learner {
             None => hierarchy.params(0, 0),
         };
         let sampler = differentiator.sampler().clone();
-        let (sequences, context) = (differentiator.sequences(), self.spec.context);
-        let share = share(sequences as usize, comm.rank(), comm.size());
+        let (sequences, context) = (self.batches[0], self.spec.context);
+        let share = share(sequences, comm.rank(), comm.size());
         let mut sum = [differentiator.loss(params, &sampler, first + share.start as u64..first + share.end as u64)?];
         comm.reduce(&mut sum, Reduction::Sum)?;
-        Ok(sum[0] / (sequences * context as u64) as f64)
+        Ok(sum[0] / (sequences * context) as f64)
     }
 
     /// Mean validation loss, in nats a token, of the fine net as it would be if all ascents were done now. Collective.

@@ -1,7 +1,7 @@
 //! How far a run is: all that a resumed run must know besides tensors.
 
 use crate::config::Config;
-use crate::cycle::{self, Coset, Op, Position, Round, Window};
+use crate::cycle::{self, Coset, Op, Position, Round};
 use crate::error::Result;
 use crate::model::{Flops, Spec};
 use serde::{Deserialize, Serialize};
@@ -30,39 +30,32 @@ pub struct Progress {
     pub descents: u64,
     /// Steps since the last level switch, if there was one.
     pub since_switch: Option<u64>,
-    /// What the current stay on a level has brought.
+    /// The loss since the current level was entered.
     pub stay: Stay,
 }
 
-/// Loss decrease of a stay on one level, in windows of equal length.
+/// The training loss of a stay on one level, in windows of equal length.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Stay {
-    /// Complete windows, oldest first.
-    pub windows: Vec<Window>,
-    /// Mean loss of the last complete window; the first has no decrease, it is what the next is compared with.
-    last_mean: Option<f64>,
-    /// Sum of losses, steps and FLOPs of the window being filled.
+    /// Mean loss of each complete window, oldest first.
+    pub losses: Vec<f64>,
+    /// Sum of losses, and steps, of the window being filled.
     sum: f64,
     steps: u64,
-    #[serde(default)]
-    flops: f64,
 }
 
 impl Stay {
-    /// Adds `steps` steps of mean loss `loss` and `flops` together; true if they completed a window of `length` steps.
-    pub fn add(&mut self, loss: f64, flops: Flops, steps: u64, length: u64) -> bool {
+    /// Adds `steps` steps of mean loss `loss`; true if they completed a window of `length` steps.
+    pub fn add(&mut self, loss: f64, steps: u64, length: u64) -> bool {
         self.sum += loss * steps as f64;
-        self.flops += flops.total as f64;
         self.steps += steps;
-        if self.steps < length {
-            return false;
+        let complete = self.steps >= length;
+        if complete {
+            self.losses.push(self.sum / self.steps as f64);
+            (self.sum, self.steps) = (0.0, 0);
         }
-        let mean = self.sum / self.steps as f64;
-        if let Some(last) = self.last_mean.replace(mean) {
-            self.windows.push(Window { decrease: last - mean, flops: self.flops });
-        }
-        (self.sum, self.steps, self.flops) = (0.0, 0, 0.0);
-        true
+        complete
     }
 }
 
@@ -98,13 +91,13 @@ impl Progress {
         whole.chain(current.iter().map(|op| cycle::flops(config, spec, op))).sum()
     }
 
-    /// A round of the op at the position is done, with `batches` global batches of `sequences` on the level that the run is on.
-    pub fn count_round(&mut self, round: &Round, batches: u64, sequences: u64) {
+    /// A round of the op at the position is done; it has read `sequences` on the level that the run is on, and beside it.
+    pub fn count_round(&mut self, round: &Round, sequences: [u64; 2]) {
         let starts_beside = !round.coarse.is_empty() && self.position.step_in_op == 0;
         self.descents += u64::from(starts_beside);
         self.step += round.steps();
-        self.sequences += batches * sequences;
-        self.coarse_sequences += round.coarse_steps() * sequences;
+        self.sequences += sequences[0];
+        self.coarse_sequences += sequences[1];
         self.since_switch = self.since_switch.map(|steps| steps + round.main.steps());
         self.position.advance(&self.plan, round.advance);
     }
@@ -157,13 +150,10 @@ mod tests {
     }
 
     #[test]
-    fn a_stay_measures_decrease_between_windows() {
+    fn a_stay_has_the_mean_of_each_window() {
         let mut stay = Stay::default();
-        let flops = Flops { blocks: 1, total: 10 };
-        let losses = [4.0, 4.0, 3.0, 3.0, 2.5, 2.5, 9.0];
-        let completed: Vec<bool> = losses.iter().map(|&loss| stay.add(loss, flops, 1, 2)).collect();
-        assert_eq!(completed, [false, true, false, true, false, true, false]);
-        let expected = [1.0, 0.5].map(|decrease| Window { decrease, flops: 20.0 });
-        assert_eq!(stay.windows, expected);
+        let losses = [4.0, 3.0, 3.0, 2.0, 9.0];
+        let completed: Vec<bool> = losses.iter().map(|&loss| stay.add(loss, 1, 2)).collect();
+        assert_eq!((completed, stay.losses), (vec![false, true, false, true, false], vec![3.5, 2.5]));
     }
 }

@@ -151,10 +151,10 @@ impl Trainer {
         );
         let total: Flops = Progress { position: end(&progress.plan), ..progress.clone() }.flops(config, spec);
         tracing::info!(
-            "cycle {}: {} steps of {} tokens, {:.3} TFLOP ({:.3} in blocks), an epoch is {} sequences",
+            "cycle {}: {} steps of {} tokens (fine level), {:.3} TFLOP ({:.3} in blocks), an epoch is {} sequences",
             config.cycle.kind,
             config.run.steps,
-            cycle::tokens_per_step(config),
+            cycle::tokens_per_step(config, 0),
             total.total as f64 / 1e12,
             total.blocks as f64 / 1e12,
             learner.differentiator.epoch(),
@@ -192,19 +192,18 @@ impl Trainer {
         if !report.is_finite() {
             return agree(comm, Err(self.diverged(round, &report)));
         }
-        let batches = self.executor.places().net_steps(round);
-        self.progress.count_round(round, batches, self.config.data.batch as u64);
+        let sequences = self.executor.places().sequences(round);
+        self.progress.count_round(round, sequences);
         let spec = self.executor.learner.spec();
-        let flops =
-            std::iter::once(&round.main).chain(&round.coarse).map(|op| cycle::flops(&self.config, spec, op)).sum();
-        self.flops += flops;
+        let ops = std::iter::once(&round.main).chain(&round.coarse);
+        self.flops += ops.map(|op| cycle::flops(&self.config, spec, op)).sum();
         self.log_groups(&report);
         self.record(comm, before, work, &report)?;
         let [stop, save] = report.wishes;
         if save > 0.0 || stop > 0.0 {
             self.save(comm)?;
         }
-        self.leave_if_spent(work.main.level, report.main.loss, flops, round.steps());
+        self.leave_if_spent(work.main.level, report.main.loss, round.main.steps());
         let is_last = self.progress.step == self.config.run.steps;
         Ok(if stop > 0.0 && !is_last { Outcome::Interrupted } else { Outcome::Done })
     }
@@ -302,10 +301,10 @@ impl Trainer {
     }
 
     /// A measuring cycle may leave a coarse level before its steps are done.
-    fn leave_if_spent(&mut self, level: usize, loss: f64, flops: Flops, steps: u64) {
-        let completed = self.progress.stay.add(loss, flops, steps, self.config.cycle.window);
+    fn leave_if_spent(&mut self, level: usize, loss: f64, steps: u64) {
+        let completed = self.progress.stay.add(loss, steps, self.config.cycle.window);
         let cycle = cycle::cycle(self.config.cycle.kind);
-        if completed && level > 0 && cycle.leave(&self.config, &self.progress.stay.windows) {
+        if completed && level > 0 && cycle.leave(&self.config, &self.progress.stay.losses) {
             self.progress.leave();
         }
     }
