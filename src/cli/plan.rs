@@ -308,6 +308,23 @@ mod tests {
     }
 
     #[test]
+    fn groups_are_shown_with_their_work_and_what_they_wait() {
+        let beside = "[run]\nsteps = 60\n[levels]\ncount = 2\n[cycle]\nkind = 'v'\npre = 5\ncoarse = 20\npost = 5\nfinish = 0.5\n\
+                      [parallel]\nplacement = 'beside'";
+        let plan = plan(beside);
+        assert!(plan.phases.iter().any(|phase| phase.beside && phase.level == 1));
+        let text = plan.text();
+        assert!(text.contains("level 0, 5 steps  ") && text.contains("level 1, 20 steps"), "{text}");
+        assert!(text.contains("predicted from FLOPs alone: ranks wait "), "{text}");
+        let json = serde_json::to_value(&plan).unwrap();
+        let groups = &json["placement"]["stages"][0]["groups"];
+        // Fine: 5 steps of 4 blocks; coarse: 20 of 2; each with a head.
+        let (fine, coarse) = (groups[0]["flops_a_rank"].as_f64().unwrap(), groups[1]["flops_a_rank"].as_f64().unwrap());
+        assert_eq!(groups[0]["idle"].as_f64().unwrap(), 1.0 - fine / coarse);
+        assert!(self::plan("[run]\nsteps = 10").placement.is_none());
+    }
+
+    #[test]
     fn many_phases_are_summed_and_a_longest_stay_is_said_so() {
         let text = plan("[run]\nsteps = 1000\n[levels]\ncount = 2\n[cycle]\nkind = 'v'").text();
         assert!(text.contains("level 1, 11 visits"), "{text}");

@@ -1,4 +1,4 @@
-use crate::config::{Config, Placement, Update};
+use crate::config::{Config, CosetPolicy, Placement, Update};
 use crate::model::{Layout, Spec};
 
 use super::transfer::transfer;
@@ -12,7 +12,8 @@ pub struct Memory {
     pub gradients: u64,
     /// Optimizer moments of every level and of the ends.
     pub moments: u64,
-    /// Scratch trajectory for evaluations on coarse levels; θ_H⁰ of `correct`; coherence terms.
+    /// Scratch trajectory for evaluations on coarse levels; θ_H⁰ of `correct`; coherence terms; the ends of cosets that are
+    /// trained apart.
     pub transfer: u64,
 }
 
@@ -39,11 +40,14 @@ pub fn memory(config: &Config, spec: &Spec, moments: usize) -> Memory {
         _ if beside => config.rows(1) as u64 * row,
         _ => 0,
     } + if beside { ends } else { 0 };
+    // The ends where each coset starts, and the sum of what the cosets make of them, with moments.
+    let averaged = config.levels.coset == CosetPolicy::All && config.parallel.sync_every > 1;
+    let fork = if averaged { 2 * (1 + moments as u64) * ends } else { 0 };
     let coherence = if config.levels.coherence { coarse + (count as u64 - 1) * ends } else { 0 };
     Memory {
         parameters: 4 * parameters,
         gradients: 4 * (fine + ends),
         moments: 4 * moments as u64 * parameters,
-        transfer: 4 * (scratch + entries + coherence),
+        transfer: 4 * (scratch + entries + fork + coherence),
     }
 }
