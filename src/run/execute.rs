@@ -168,7 +168,7 @@ impl Executor {
                 self.assemble(comm, &groups, level)?;
                 self.apart = None;
             }
-            // The sides stay apart: the fine one alone is needed on other ranks, once.
+            // Only the coarse side: rank 0 has the fine one, and both go on apart.
             Some(Apart::Sides { groups }) => self.exchange(comm, &groups, Half::Coarse)?,
         }
         Ok(())
