@@ -199,11 +199,11 @@ impl Trainer {
         self.flops += ops.map(|op| cycle::flops(&self.config, spec, op)).sum();
         self.log_groups(&report);
         self.record(comm, before, work, &report)?;
+        self.leave_if_spent(work.main.level, report.main.loss, round.main.steps());
         let [stop, save] = report.wishes;
         if save > 0.0 || stop > 0.0 {
             self.save(comm)?;
         }
-        self.leave_if_spent(work.main.level, report.main.loss, round.main.steps());
         let is_last = self.progress.step == self.config.run.steps;
         Ok(if stop > 0.0 && !is_last { Outcome::Interrupted } else { Outcome::Done })
     }
