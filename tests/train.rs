@@ -70,6 +70,7 @@ const CYCLES: &[(&str, &[&str])] = &[
             "levels.count=2",
             "levels.transfer=injection",
             "levels.coset=alternate",
+            "levels.pull=0.2",
             "cycle.kind=paper",
             "levels.state=keep",
             "optimizer.kind=sgd",

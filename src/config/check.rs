@@ -105,6 +105,14 @@ fn check_levels(config: &Config) -> Result<()> {
     within("levels.alpha", levels.alpha, 0.0, 2.0)?;
     at_least_one("levels.coherence_batches", levels.coherence_batches)?;
     check_batches(config)?;
+    within("levels.pull", levels.pull, 0.0, 1.0)?;
+    ensure!(
+        levels.pull == 0.0
+            || levels.transfer == TransferKind::Injection && config.parallel.placement != Placement::Cosets,
+        "levels.pull = {} needs levels.transfer = \"injection\" (now \"{}\") and ranks that hold all rows: no parallel.placement = \"cosets\"",
+        levels.pull,
+        levels.transfer
+    );
     if levels.transfer == TransferKind::Injection {
         // A coset is a view: what it learns is already in the fine trajectory, and so is its optimizer state.
         ensure!(

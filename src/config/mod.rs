@@ -232,6 +232,7 @@ mod tests {
             ("[optimizer]\nlr = nan", "optimizer.lr"),
             ("[data]\nbatch = 0", "data.batch"),
             ("[cycle]\nkind = 'cascade'\nfractions = [0.5, 0.1]\n[levels]\ncount = 2", "cycle.fractions"),
+            ("[levels]\ncount = 2\npull = 0.1", "levels.transfer"),
             ("[levels]\ncount = 2\nbatch = [16]", "levels.batch"),
             ("[levels]\ncount = 2\nbatch = [8, 8]", "data.batch"),
             ("[levels]\ncount = 2\nbatch = [16, 0]", "levels.batch"),

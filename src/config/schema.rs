@@ -231,6 +231,8 @@ table! {
         batch: Option<Vec<usize>> = None,
         /// `first`, `alternate`, `random` or `all`: which coset of an `injection` level is trained. A step of `all` trains each one on a batch of its own, so it does the work of as many steps as there are cosets.
         coset: CosetPolicy = CosetPolicy::First,
+        /// `injection`: after a coarse step, neighbouring rows (one of each coset) move towards their mean by this share of the way.
+        pull: f64 = 0.0,
     }
 }
 

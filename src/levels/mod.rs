@@ -8,6 +8,7 @@ mod coherence;
 mod group;
 mod hierarchy;
 mod memory;
+mod pull;
 mod snapshot;
 mod switch;
 pub mod transfer;

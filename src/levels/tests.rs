@@ -75,6 +75,32 @@ fn gradient_of(config: &Config, dtype: DType) -> impl FnMut(&Hierarchy, usize) -
 }
 
 #[test]
+fn a_pull_keeps_the_means_of_twins_and_makes_them_alike() {
+    let means = |h: &Hierarchy, k: usize| {
+        let theta = &h.group(0).theta;
+        theta.reshape((8 / k, k, ())).unwrap().mean(1).unwrap()
+    };
+    let spread = |h: &Hierarchy, k: usize| {
+        let theta = &h.group(0).theta;
+        let copies: Vec<Tensor> = (0..8).map(|n| means(h, k).narrow(0, n / k, 1).unwrap()).collect();
+        distance(theta, &Tensor::cat(&copies, 0).unwrap())
+    };
+    for (level, twins) in [(1, 2), (2, 4)] {
+        let h = hierarchy(&config(TransferKind::Injection, "pull = 0.25"), DType::F64);
+        let (before, apart) = (means(&h, twins), spread(&h, twins));
+        assert!(apart > 0.1, "{apart}");
+        h.pull(level).unwrap();
+        assert!(distance(&before, &means(&h, twins)) < 1e-15);
+        assert!((spread(&h, twins) - 0.75 * apart).abs() < 1e-15);
+    }
+    let h = hierarchy(&config(TransferKind::Injection, "pull = 1"), DType::F64);
+    h.pull(0).unwrap();
+    assert!(spread(&h, 2) > 0.1, "the fine level has no twins");
+    h.pull(2).unwrap();
+    assert!(spread(&h, 4) < 1e-15, "copies");
+}
+
+#[test]
 fn cosets_are_strided_views() {
     let mut h = hierarchy(&config(TransferKind::Injection, ""), DType::F32);
     assert_eq!([h.cosets(0), h.cosets(1), h.cosets(2)], [1, 2, 4]);

@@ -130,7 +130,7 @@ impl Learner {
         let hyper = Hyper { lr, gradient_scale: gradient_scale / nets as f64, eps_scale: 1.0 };
         optimizer.step(&ends.layout, &[0], &ends.updates, &ends.theta, &ends.grad, &ends.moments, &hyper)?;
         hierarchy.count_update(level, cosets.iter().copied());
-        Ok(())
+        hierarchy.pull(level)
     }
 
     /// Restricts to level `to`; a coherence term is measured on the sequences from `first` on. Collective.
