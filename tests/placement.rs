@@ -240,12 +240,13 @@ fn a_step_of_all_cosets_is_one_of_their_gradients_side_by_side() -> Result<()> {
 fn where_cosets_and_sides_are_trained_does_not_matter() {
     let bench = Bench::new();
     let averaged = [COSETS, &["parallel.sync_every=3"]].concat();
-    // Leaves the coarse level after a few of its 12 steps.
+    // Leaves the coarse level before its 36 steps are done.
     let leaving: &[&str] = &[
+        "run.steps=40",
         "levels.count=2",
         "levels.transfer=injection",
         "cycle.kind=adaptive",
-        "cycle.fractions=[0.75,0.25]",
+        "cycle.fractions=[0.9,0.1]",
         "cycle.window=1",
         "cycle.threshold=1.0",
         "parallel.placement=cosets",
@@ -259,7 +260,7 @@ fn where_cosets_and_sides_are_trained_does_not_matter() {
             assert_close(&several, &alone);
         }
     }
-    assert!(results(&bench.path("leaving")).iter().filter(|line| line["level"] == 1).count() < 12);
+    assert!(results(&bench.path("leaving")).iter().filter(|line| line["level"] == 1).count() < 36);
     let in_turn = [COSETS, &["parallel.placement=sequential", "levels.coset=all"]].concat();
     assert_close(&bench.train("in-turn", 2, &[&in_turn]), &bench.path("cosets"));
     let given = ["parallel.groups=[1,3]"];

@@ -240,10 +240,10 @@ mod tests {
             ("[parallel]\nzero = 7", "parallel.zero"),
             ("[parallel]\nsync_every = 0", "parallel.sync_every"),
             ("[parallel]\ngroups = [1, 1]", "parallel.groups"),
-            ("[parallel]\nplacement = 'cosets'\n[levels]\ncount = 2", "levels.transfer"),
+            ("[parallel]\nplacement = 'cosets'\n[levels]\ncount = 2\n[cycle]\nkind = 'cascade'", "levels.transfer"),
             ("[parallel]\nplacement = 'cosets'\n[levels]\ntransfer = 'injection'", "levels.count"),
             (
-                "[parallel]\nplacement = 'cosets'\n[levels]\ncount = 2\ntransfer = 'injection'\ncoset = 'random'",
+                "[parallel]\nplacement = 'cosets'\n[levels]\ncount = 2\ntransfer = 'injection'\ncoset = 'random'\n[cycle]\nkind = 'cascade'",
                 "levels.coset",
             ),
             (
