@@ -70,6 +70,7 @@ const CYCLES: &[(&str, &[&str])] = &[
             "levels.count=2",
             "levels.transfer=injection",
             "levels.coset=alternate",
+            "levels.pull=0.2",
             "cycle.kind=paper",
             "levels.state=keep",
             "optimizer.kind=sgd",
@@ -96,6 +97,39 @@ const CYCLES: &[(&str, &[&str])] = &[
             "cycle.threshold=1.0",
         ],
     ),
+    ("cosets", COSETS),
+    (
+        "averaged",
+        &[
+            "levels.count=2",
+            "levels.transfer=injection",
+            "cycle.kind=paper",
+            "parallel.placement=cosets",
+            "parallel.sync_every=4",
+        ],
+    ),
+    ("beside", BESIDE),
+];
+
+/// Four cosets, then two, then the fine level.
+const COSETS: &[&str] = &[
+    "levels.count=3",
+    "levels.transfer=injection",
+    "cycle.kind=phases",
+    "cycle.phases=[{level=2,steps=4},{level=1,steps=4},{level=0,steps=4}]",
+    "parallel.placement=cosets",
+];
+
+/// One V-cycle: a step on the fine level, then 2 of them beside 6 on two coarse levels, then the finish.
+const BESIDE: &[&str] = &[
+    "levels.count=3",
+    "levels.coherence=true",
+    "cycle.kind=v",
+    "cycle.pre=1",
+    "cycle.post=2",
+    "cycle.coarse=3",
+    "cycle.finish=0.25",
+    "parallel.placement=beside",
 ];
 
 /// A folder with prepared data and a config.
@@ -156,7 +190,7 @@ impl Bench {
         for file in ["config.toml", "metrics.jsonl", "provenance.json", "log.txt"] {
             std::fs::copy(run.join(file), cut.join(file)).unwrap();
         }
-        for saved in (1..=step).rev().take(2) {
+        for saved in saved_steps(run).into_iter().filter(|&saved| saved <= step).rev().take(2) {
             copy_folder(&checkpoint(run, saved), &checkpoint(&cut, saved));
         }
         cut
@@ -179,6 +213,16 @@ fn vcycle(ranks: usize) -> Command {
 
 fn checkpoint(run: &Path, step: u64) -> PathBuf {
     run.join(format!("checkpoints/step-{step:08}"))
+}
+
+/// Steps of all checkpoints.
+fn saved_steps(run: &Path) -> Vec<u64> {
+    let folders = std::fs::read_dir(run.join("checkpoints")).unwrap();
+    let step = |name: &str| name.strip_prefix("step-").map(|step| step.parse().unwrap());
+    let mut steps: Vec<u64> =
+        folders.filter_map(|folder| step(folder.unwrap().file_name().to_str().unwrap())).collect();
+    steps.sort_unstable();
+    steps
 }
 
 fn copy_folder(from: &Path, to: &Path) {
@@ -241,8 +285,9 @@ fn every_cycle_resumes_bit_for_bit_after_every_step() {
     let bench = Bench::new();
     for (name, settings) in CYCLES {
         let whole = bench.finished(name, 1, settings);
-        assert_eq!(metrics(&whole).len(), 12, "{name}");
-        for step in 1..12 {
+        let saved = saved_steps(&whole);
+        assert!(saved.len() >= 4 && saved.ends_with(&[12]), "{name}: {saved:?}");
+        for &step in &saved[..saved.len() - 1] {
             let cut = bench.cut(&whole, step);
             expect_exit(bench.resume(&cut, 1, settings), 0);
             assert_eq!(results(&cut), results(&whole), "{name} resumed after step {step}");
@@ -264,6 +309,28 @@ fn two_ranks_resume_bit_for_bit_and_other_world_sizes_go_on() {
         let cut = bench.cut(&whole, 7);
         expect_exit(bench.resume(&cut, ranks, settings), 0);
         assert_close(&losses(&cut), &losses(&whole), 1e-5);
+    }
+}
+
+/// Groups of MPI processes: the same training as on one rank, resumed bit for bit in the middle, also on more ranks.
+#[test]
+fn placements_train_as_one_rank_does_and_resume_in_the_middle() {
+    let bench = Bench::new();
+    for (name, settings) in [("cosets", COSETS), ("beside", BESIDE)] {
+        let one = losses(&bench.finished(name, 1, settings));
+        for ranks in [2, 4] {
+            let whole = bench.finished(&format!("{name}-{ranks}"), ranks, settings);
+            assert_close(&losses(&whole), &one, 1e-3);
+            let saved = saved_steps(&whole);
+            let middle = saved[saved.len() / 3];
+            let cut = bench.cut(&whole, middle);
+            expect_exit(bench.resume(&cut, ranks, settings), 0);
+            assert_eq!(results(&cut), results(&whole), "{name} on {ranks} ranks, resumed after step {middle}");
+            assert_eq!(checksums(&cut, 12), checksums(&whole, 12), "{name} on {ranks} ranks, after step {middle}");
+            let cut = bench.cut(&whole, middle);
+            expect_exit(bench.resume(&cut, 6 - ranks, settings), 0);
+            assert_close(&losses(&cut), &one, 1e-3);
+        }
     }
 }
 
@@ -303,12 +370,16 @@ fn eval_repeats_the_last_validation_loss() {
         let run = bench.finished(name, 1, settings);
         let lines = metrics(&run);
         // The last step is of the fine level, step 5 of a coarse one in most cycles: both are loss of the fine net.
-        for (step, path) in [(12, run.clone()), (5, checkpoint(&run, 5))] {
+        let evaluated = |line: &&Value| !line["val_loss"].is_null();
+        let step_of = |line: &Value| line["step"].as_u64().unwrap();
+        let first = step_of(lines.iter().find(evaluated).unwrap());
+        for (step, path) in [(12, run.clone()), (first, checkpoint(&run, first))] {
             let output = Command::new(VCYCLE).args(["eval", "--json"]).arg(path).output().unwrap();
             assert!(output.status.success(), "{}", stderr(&output));
             let eval: Value = serde_json::from_slice(&output.stdout).unwrap();
             assert_eq!(eval["step"], step);
-            let (now, then) = (eval["val_loss"].as_f64().unwrap(), lines[step - 1]["val_loss"].as_f64().unwrap());
+            let line = lines.iter().rfind(|line| step_of(line) == step).unwrap();
+            let (now, then) = (eval["val_loss"].as_f64().unwrap(), line["val_loss"].as_f64().unwrap());
             assert!((now - then).abs() < 1e-6, "{name}, step {step}: {now} against {then}");
         }
     }
@@ -360,6 +431,33 @@ fn a_signal_to_any_rank_checkpoints_all_and_exits_75() {
         let step = metrics(&run).len() as u64;
         assert!(checkpoint(&run, step).join("manifest.json").exists());
         assert!(step < 4000);
+    }
+}
+
+/// On either rank, in the middle of what the two do apart; then again until it is resumed on one rank.
+#[test]
+fn a_signal_stops_groups_at_their_next_meeting() {
+    let bench = Bench::new();
+    let phases = "cycle.phases=[{level=0,steps=2},{level=1,steps=2000},{level=0,steps=1990},{level=0,steps=8}]";
+    let beside = ["levels.count=2", "cycle.kind=phases", phases, "parallel.placement=beside", "parallel.sync_every=3"];
+    let cosets = ["levels.count=2", "levels.transfer=injection", "cycle.kind=paper", "parallel.placement=cosets"];
+    for (i, settings) in [&beside[..], &cosets].into_iter().enumerate() {
+        let settings = [settings, &["run.steps=4000", "checkpoint.every_steps=0"]].concat();
+        let run = bench.path(&format!("signal-{i}"));
+        let mut command = bench.train(&run, 2, &settings, &[]);
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        wait_for_step(&run, &mut child, 20);
+        // SAFETY: sends a signal to a process that this test started.
+        assert_eq!(unsafe { libc::kill(processes_of(&run)[1 - i], libc::SIGTERM) }, 0);
+        expect_exit(child.wait_with_output().unwrap(), 75);
+        let step = metrics(&run).last().unwrap()["step"].as_u64().unwrap();
+        assert!(checkpoint(&run, step).join("manifest.json").exists());
+        for ranks in [2, 1] {
+            let limited = [&settings[..], &["run.max_minutes=0.001"]].concat();
+            let text = expect_exit(bench.resume(&run, ranks, &limited), 75);
+            assert!(text.contains("resumed at step"), "{text}");
+        }
+        assert!(metrics(&run).last().unwrap()["step"].as_u64().unwrap() > step);
     }
 }
 
@@ -416,11 +514,13 @@ fn a_run_past_its_wall_clock_stops_with_75_and_resumes_until_it_is_done() {
 #[test]
 fn divergence_is_an_error_that_changes_nothing() {
     let bench = Bench::new();
-    let run = bench.path("diverges");
-    let settings = ["optimizer.kind=sgd", "optimizer.lr=1e30", "optimizer.clip=0", "schedule.warmup=0"];
-    let text = expect_exit(bench.train(&run, 2, &settings, &[]).output().unwrap(), 1);
-    assert_eq!(text.matches("training diverged at step").count(), 1, "{text}");
-    assert!(text.contains("optimizer.lr"), "{text}");
+    let diverging = ["optimizer.kind=sgd", "optimizer.lr=1e30", "optimizer.clip=0", "schedule.warmup=0"];
+    for (name, placement) in [("together", &[][..]), ("cosets", COSETS), ("beside", BESIDE)] {
+        let text = [placement, &diverging].concat();
+        let text = expect_exit(bench.train(&bench.path(name), 2, &text, &[]).output().unwrap(), 1);
+        assert_eq!(text.matches("training diverged at step").count(), 1, "{text}");
+        assert!(text.contains("optimizer.lr"), "{text}");
+    }
 }
 
 #[test]
@@ -433,6 +533,21 @@ fn bad_input_is_one_clear_error_on_any_number_of_ranks() {
         (&["data.context=100000"], "context"),
         (&["model.vocab=100"], "model.vocab = 100 is too small"),
         (&["parallel.device=cuda"], "parallel.device"),
+        (&["parallel.placement=cosets"], "needs levels.transfer = \"injection\" (now \"copy\")"),
+        (&["parallel.placement=beside", "levels.count=2", "cycle.kind=cascade"], "nothing to put beside it"),
+        (&["parallel.groups=[1, 1]"], "parallel.groups"),
+        (
+            &[
+                "parallel.placement=beside",
+                "levels.count=2",
+                "cycle.kind=v",
+                "cycle.coarse=4",
+                "cycle.pre=1",
+                "cycle.post=1",
+                "parallel.groups=[2, 2]",
+            ],
+            "parallel.groups = [2, 2] is for 4 ranks",
+        ),
     ];
     for (settings, expected) in cases {
         for ranks in [1, 2] {

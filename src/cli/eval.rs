@@ -2,7 +2,7 @@
 
 use crate::checkpoint::{Check, Checkpoint};
 use crate::comm::Solo;
-use crate::config::{CosetPolicy, CycleKind};
+use crate::config::{CosetPolicy, CycleKind, Placement};
 use crate::error::{Outcome, Result};
 use crate::run::{self, Learner};
 use serde_json::json;
@@ -29,12 +29,12 @@ pub fn run(args: Args) -> Result<Outcome> {
     let mut config = checkpoint.config()?;
     // The fine net alone is wanted.
     (config.levels.count, config.levels.coset) = (1, CosetPolicy::First);
-    config.cycle.kind = CycleKind::Flat;
+    (config.cycle.kind, config.parallel.placement) = (CycleKind::Flat, Placement::Sequential);
     config.data.dir = args.data.unwrap_or(config.data.dir);
     config.log.eval_sequences = args.sequences.unwrap_or(config.log.eval_sequences);
     run::use_threads(config.parallel.threads, 1)?;
     run::resolve_vocab(&mut config)?;
-    let mut learner = Learner::new(&config, &Solo::default())?;
+    let mut learner = Learner::new(&config, 1, 1)?;
     learner.load_model(&checkpoint)?;
     let val_loss = learner.evaluate(&mut Solo::default())?;
     if args.json {

@@ -6,6 +6,7 @@ mod compare;
 mod data;
 mod doctor;
 mod eval;
+mod places;
 mod plan;
 mod report;
 mod study;

@@ -1,9 +1,10 @@
 //! `vcycle plan`
 
 use super::ConfigArgs;
+use super::places::PlaceRows;
 use super::text::{bytes, count, percent, table, tera};
 use crate::config::{Config, CycleKind};
-use crate::cycle::{self, Coset, Phase};
+use crate::cycle::{self, Coset, Phase, Places};
 use crate::error::{Context, Outcome, Result, ensure};
 use crate::levels::{Memory, memory};
 use crate::model::{Flops, Layout, Net, Spec, step_flops};
@@ -42,7 +43,7 @@ pub fn run(args: Args) -> Result<Outcome> {
     } else {
         resolved.context("a plan needs data.dir to exist, or model.vocab to be given")?;
     }
-    let plan = Plan::new(&config, args.ranks);
+    let plan = Plan::new(&config, args.ranks)?;
     let text = if args.json { serde_json::to_string_pretty(&plan)? + "\n" } else { plan.text() };
     std::io::stdout().write_all(text.as_bytes())?;
     Ok(Outcome::Done)
@@ -65,6 +66,8 @@ struct Plan {
     longest_stay: bool,
     levels: Vec<LevelRow>,
     phases: Vec<PhaseRow>,
+    /// What groups of ranks do at the same time; null if all ranks do everything together.
+    placement: Option<PlaceRows>,
     memory: RankMemory,
 }
 
@@ -101,6 +104,8 @@ struct PhaseRow {
     steps: u64,
     flops_total: u128,
     flops_blocks: u128,
+    /// Done at the same time as another phase.
+    beside: bool,
 }
 
 /// Bytes a rank.
@@ -122,14 +127,16 @@ impl From<Flops> for Work {
 
 impl Plan {
     /// `config` with its vocabulary resolved.
-    fn new(config: &Config, ranks: usize) -> Plan {
+    fn new(config: &Config, ranks: usize) -> Result<Plan> {
         let spec = Spec::new(config);
         let tokens_per_step = cycle::tokens_per_step(config, 0);
-        let phases = cycle::plan_flops(config, &spec, &cycle::plan(config));
+        let ops = cycle::plan(config);
+        let phases = cycle::plan_flops(config, &spec, &ops);
+        let smallest_group = Places::new(config, &spec, ranks)?.smallest_group(&ops);
         let work = cycle::total(&phases);
         let flat = step_flops(&spec, config.rows(0), tokens_per_step) * config.run.steps;
         let saved = |work: u128, flat: u128| 1.0 - work as f64 / flat as f64;
-        Plan {
+        Ok(Plan {
             cycle: config.cycle.kind.name(),
             steps: config.run.steps,
             tokens_per_step,
@@ -141,8 +148,9 @@ impl Plan {
             longest_stay: config.cycle.kind == CycleKind::Adaptive,
             levels: (0..config.levels.count).map(|level| LevelRow::new(config, &spec, level)).collect(),
             phases: phases.iter().map(|phase| PhaseRow::new(config, phase)).collect(),
-            memory: RankMemory::new(config, &spec, ranks),
-        }
+            placement: PlaceRows::new(config, &spec, ranks)?,
+            memory: RankMemory::new(config, &spec, smallest_group),
+        })
     }
 
     fn text(&self) -> String {
@@ -154,10 +162,11 @@ impl Plan {
             ""
         };
         format!(
-            "{cycle}: {steps} steps of {tokens_per_step} tokens\n\n{}\n{}{longest_stay}\n\
+            "{cycle}: {steps} steps of {tokens_per_step} tokens\n\n{}\n{}{longest_stay}\n{}\
              memory a rank (ranks: {ranks}, sequences at a time: {micro_batch})\n{}",
             self.levels_table(),
             self.phases_table(),
+            self.placement.as_ref().map_or(String::new(), |rows| rows.text() + "\n"),
             memory.table(),
         )
     }
@@ -202,7 +211,10 @@ impl Plan {
 fn summed(phases: &[PhaseRow]) -> Vec<(usize, PhaseRow)> {
     let mut sums: Vec<(usize, PhaseRow)> = Vec::new();
     for phase in phases {
-        match sums.iter_mut().find(|(_, sum)| (sum.level, sum.coset) == (phase.level, phase.coset)) {
+        match sums
+            .iter_mut()
+            .find(|(_, sum)| (sum.level, sum.coset, sum.beside) == (phase.level, phase.coset, phase.beside))
+        {
             Some((visits, sum)) => {
                 *visits += 1;
                 sum.steps += phase.steps;
@@ -225,16 +237,18 @@ impl LevelRow {
 }
 
 impl PhaseRow {
-    fn new(config: &Config, &Phase { level, coset, steps, flops }: &Phase) -> PhaseRow {
+    fn new(config: &Config, &Phase { level, coset, steps, flops, beside }: &Phase) -> PhaseRow {
         let Work { flops_total, flops_blocks } = flops.into();
-        PhaseRow { level, rows: config.rows(level), coset, steps, flops_total, flops_blocks }
+        PhaseRow { level, rows: config.rows(level), coset, steps, flops_total, flops_blocks, beside }
     }
 
     fn name(&self) -> String {
+        let beside = if self.beside { ", beside" } else { "" };
         match self.coset {
-            Coset::Index(0) => format!("level {}", self.level),
+            Coset::Index(0) => format!("level {}{beside}", self.level),
             Coset::Index(k) => format!("level {}, coset {k}", self.level),
             Coset::Random => format!("level {}, random cosets", self.level),
+            Coset::All => format!("level {}, all cosets", self.level),
         }
     }
 }
@@ -270,7 +284,7 @@ mod tests {
     fn plan(text: &str) -> Plan {
         let head =
             "[data]\ndir = 'x'\ncontext = 32\nbatch = 4\n[model]\nvocab = 64\nwidth = 16\nheads = 2\ndepth = 4\n";
-        Plan::new(&config::parse(&format!("{head}{text}"), &[]).unwrap(), 2)
+        Plan::new(&config::parse(&format!("{head}{text}"), &[]).unwrap(), 2).unwrap()
     }
 
     #[test]
@@ -291,6 +305,23 @@ mod tests {
         assert_eq!(json["flops_total"], blocks + 10 * 6 * vocab * d * tokens);
         assert_eq!(json["saving"]["blocks"], 0.25);
         assert_eq!((json["levels"].as_array().unwrap().len(), json["phases"].as_array().unwrap().len()), (2, 2));
+    }
+
+    #[test]
+    fn groups_are_shown_with_their_work_and_what_they_wait() {
+        let beside = "[run]\nsteps = 60\n[levels]\ncount = 2\n[cycle]\nkind = 'v'\npre = 5\ncoarse = 20\npost = 5\nfinish = 0.5\n\
+                      [parallel]\nplacement = 'beside'";
+        let plan = plan(beside);
+        assert!(plan.phases.iter().any(|phase| phase.beside && phase.level == 1));
+        let text = plan.text();
+        assert!(text.contains("level 0, 5 steps  ") && text.contains("level 1, 20 steps"), "{text}");
+        assert!(text.contains("predicted from FLOPs alone: ranks wait "), "{text}");
+        let json = serde_json::to_value(&plan).unwrap();
+        let groups = &json["placement"]["stages"][0]["groups"];
+        // Fine: 5 steps of 4 blocks; coarse: 20 of 2; each with a head.
+        let (fine, coarse) = (groups[0]["flops_a_rank"].as_f64().unwrap(), groups[1]["flops_a_rank"].as_f64().unwrap());
+        assert_eq!(groups[0]["idle"].as_f64().unwrap(), 1.0 - fine / coarse);
+        assert!(self::plan("[run]\nsteps = 10").placement.is_none());
     }
 
     #[test]

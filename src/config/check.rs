@@ -1,15 +1,18 @@
 //! Defaults that depend on other keys, and the checks of a config.
 
 use super::{Config, CosetPolicy, CycleKind, Parametrization, Placement, StateRule, TransferKind, Update};
-use crate::error::{Result, bail, ensure};
+use crate::error::{Result, ensure};
 
 /// Fills what was not given and depends on other keys.
 pub fn resolve(config: &mut Config) {
-    let Config { data, model, levels, cycle, schedule, .. } = config;
+    let Config { data, model, levels, cycle, schedule, parallel, .. } = config;
     model.horizon.get_or_insert(match model.parametrization {
         Parametrization::Standard => model.depth as f64,
         Parametrization::CompleteP => 1.0,
     });
+    if parallel.placement == Placement::Cosets && levels.coset != CosetPolicy::Random {
+        levels.coset = CosetPolicy::All;
+    }
     levels.batch.get_or_insert_with(|| vec![data.batch; levels.count]);
     schedule.level_multipliers.get_or_insert_with(|| vec![1.0; levels.count]);
     if cycle.fractions.is_none() && levels.count > 0 {
@@ -102,6 +105,14 @@ fn check_levels(config: &Config) -> Result<()> {
     within("levels.alpha", levels.alpha, 0.0, 2.0)?;
     at_least_one("levels.coherence_batches", levels.coherence_batches)?;
     check_batches(config)?;
+    within("levels.pull", levels.pull, 0.0, 1.0)?;
+    ensure!(
+        levels.pull == 0.0
+            || levels.transfer == TransferKind::Injection && config.parallel.placement != Placement::Cosets,
+        "levels.pull = {} needs levels.transfer = \"injection\" (now \"{}\") and ranks that hold all rows: no parallel.placement = \"cosets\"",
+        levels.pull,
+        levels.transfer
+    );
     if levels.transfer == TransferKind::Injection {
         // A coset is a view: what it learns is already in the fine trajectory, and so is its optimizer state.
         ensure!(
@@ -113,7 +124,7 @@ fn check_levels(config: &Config) -> Result<()> {
             levels.state != StateRule::Move,
             "levels.state = \"move\" does not go with levels.transfer = \"injection\": cosets share the fine level's state; use \"keep\", \"scale\" or \"reset\""
         );
-    } else {
+    } else if config.parallel.placement != Placement::Cosets {
         ensure!(
             levels.coset == CosetPolicy::First,
             "levels.coset = \"{}\" needs levels.transfer = \"injection\" (now \"{}\")",
@@ -261,9 +272,70 @@ fn check_training(config: &Config) -> Result<()> {
 fn check_parallel(config: &Config) -> Result<()> {
     let parallel = &config.parallel;
     positive("parallel.timeout", parallel.timeout)?;
-    if parallel.placement != Placement::Sequential {
-        bail!("parallel.placement = \"{}\" is not available in this version: use \"sequential\"", parallel.placement);
-    }
+    at_least_one("parallel.sync_every", parallel.sync_every)?;
+    check_placement(config)?;
     ensure!(parallel.zero == 0, "parallel.zero = {} is not available in this version: use 0", parallel.zero);
     Ok(())
+}
+
+fn check_placement(config: &Config) -> Result<()> {
+    let Config { levels, cycle, parallel, .. } = config;
+    let (placement, groups) = (parallel.placement, &parallel.groups);
+    for &ranks in groups {
+        at_least_one("parallel.groups", ranks as u64)?;
+    }
+    match placement {
+        Placement::Sequential => {
+            let why = "parallel.placement = \"sequential\" puts all ranks on each level in turn";
+            ensure!(
+                groups.is_empty(),
+                "parallel.groups = {groups:?}: {why}; leave the key out, or choose another placement"
+            );
+        }
+        Placement::Cosets => {
+            ensure!(
+                levels.transfer == TransferKind::Injection && levels.count >= 2,
+                "parallel.placement = \"cosets\" needs levels.transfer = \"injection\" (now \"{}\") and levels.count of at least 2 (now {}): only there has a level cosets",
+                levels.transfer,
+                levels.count
+            );
+            ensure!(
+                levels.coset == CosetPolicy::All,
+                "levels.coset = \"{}\" trains one coset a step, so parallel.placement = \"cosets\" has nothing to do at the same time: use \"all\"",
+                levels.coset
+            );
+            ensure!(
+                groups.is_empty() || (2..=levels.factor).contains(&groups.len()),
+                "parallel.groups = {groups:?}: expected the ranks of 2 to {} groups, as many as level 1 has cosets",
+                levels.factor
+            );
+        }
+        Placement::Beside => {
+            ensure!(
+                levels.transfer != TransferKind::Injection && levels.count >= 2,
+                "parallel.placement = \"beside\" needs coarse levels with rows of their own: levels.transfer = \"copy\", \"average\" or \"linear\" (now \"{}\") and levels.count of at least 2 (now {})",
+                levels.transfer,
+                levels.count
+            );
+            ensure!(
+                matches!(cycle.kind, CycleKind::V | CycleKind::W | CycleKind::F | CycleKind::Phases),
+                "cycle.kind = \"{}\" trains no coarse level after the fine one, so parallel.placement = \"beside\" has nothing to put beside it: use \"v\", \"w\", \"f\" or \"phases\"",
+                cycle.kind
+            );
+            ensure!(
+                cycle.kind != CycleKind::Phases || has_coarse_between_fine(config),
+                "parallel.placement = \"beside\" has nothing to put beside each other: no coarse phase of cycle.phases stands between two on level 0"
+            );
+            ensure!(
+                groups.is_empty() || groups.len() == 2,
+                "parallel.groups = {groups:?}: expected two numbers, the ranks of the fine level and those of the coarse levels"
+            );
+        }
+    }
+    Ok(())
+}
+
+fn has_coarse_between_fine(config: &Config) -> bool {
+    let mut levels = config.cycle.phases.iter().filter(|phase| phase.steps > 0).map(|phase| phase.level);
+    levels.any(|level| level == 0) && levels.any(|level| level > 0) && levels.any(|level| level == 0)
 }

@@ -232,11 +232,38 @@ mod tests {
             ("[optimizer]\nlr = nan", "optimizer.lr"),
             ("[data]\nbatch = 0", "data.batch"),
             ("[cycle]\nkind = 'cascade'\nfractions = [0.5, 0.1]\n[levels]\ncount = 2", "cycle.fractions"),
+            ("[levels]\ncount = 2\npull = 0.1", "levels.transfer"),
             ("[levels]\ncount = 2\nbatch = [16]", "levels.batch"),
             ("[levels]\ncount = 2\nbatch = [8, 8]", "data.batch"),
             ("[levels]\ncount = 2\nbatch = [16, 0]", "levels.batch"),
             ("[cycle]\nkind = 'paper'\n[levels]\ncount = 2", "levels.transfer"),
             ("[parallel]\nzero = 7", "parallel.zero"),
+            ("[parallel]\nsync_every = 0", "parallel.sync_every"),
+            ("[parallel]\ngroups = [1, 1]", "parallel.groups"),
+            ("[parallel]\nplacement = 'cosets'\n[levels]\ncount = 2\n[cycle]\nkind = 'cascade'", "levels.transfer"),
+            ("[parallel]\nplacement = 'cosets'\n[levels]\ntransfer = 'injection'", "levels.count"),
+            (
+                "[parallel]\nplacement = 'cosets'\n[levels]\ncount = 2\ntransfer = 'injection'\ncoset = 'random'\n[cycle]\nkind = 'cascade'",
+                "levels.coset",
+            ),
+            (
+                "[parallel]\nplacement = 'cosets'\ngroups = [1, 1, 1]\n[levels]\ncount = 2\ntransfer = 'injection'\n[cycle]\nkind = 'paper'",
+                "parallel.groups",
+            ),
+            (
+                "[parallel]\nplacement = 'beside'\n[levels]\ncount = 2\ntransfer = 'injection'\n[cycle]\nkind = 'v'",
+                "levels.transfer",
+            ),
+            ("[parallel]\nplacement = 'beside'\n[levels]\ncount = 2\n[cycle]\nkind = 'cascade'", "cycle.kind"),
+            (
+                "[parallel]\nplacement = 'beside'\n[levels]\ncount = 2\n[cycle]\nkind = 'phases'\n\
+                 phases = [{ level = 1, steps = 400 }, { level = 0, steps = 600 }]",
+                "cycle.phases",
+            ),
+            (
+                "[parallel]\nplacement = 'beside'\ngroups = [1]\n[levels]\ncount = 2\n[cycle]\nkind = 'v'",
+                "parallel.groups",
+            ),
         ] {
             let text =
                 if text.contains("[data]") { text.replace("[data]", DATA.trim()) } else { format!("{DATA}{text}") };

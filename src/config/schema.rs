@@ -74,6 +74,8 @@ words! {
         Alternate = "alternate",
         /// A coset drawn anew each step from (seed, step).
         Random = "random",
+        /// All at once: a step trains every coset, each on a batch of its own.
+        All = "all",
     }
 }
 
@@ -137,9 +139,9 @@ words! {
     Placement {
         /// All ranks work on each level in turn.
         Sequential = "sequential",
-        /// The cosets of a coarse level train at the same time on disjoint sub-communicators.
+        /// The cosets of a coarse level train at the same time, each on a group of the ranks.
         Cosets = "cosets",
-        /// One group smooths the fine level while another trains a coarse level.
+        /// One group of the ranks smooths the fine level while another trains coarse levels.
         Beside = "beside",
     }
 }
@@ -227,8 +229,10 @@ table! {
         coherence_batches: u64 = 4,
         /// Sequences in a global batch on each level, finest first. Default: `data.batch` on all.
         batch: Option<Vec<usize>> = None,
-        /// `first`, `alternate` or `random`: which coset of an `injection` level is trained.
+        /// `first`, `alternate`, `random` or `all`: which coset of an `injection` level is trained. A step of `all` trains each one on a batch of its own, so it does the work of as many steps as there are cosets.
         coset: CosetPolicy = CosetPolicy::First,
+        /// `injection`: after a coarse step, neighbouring rows (one of each coset) move towards their mean by this share of the way.
+        pull: f64 = 0.0,
     }
 }
 
@@ -305,8 +309,12 @@ table! {
     ParallelTable {
         /// `auto`, `cpu` or `cuda`.
         device: DeviceKind = DeviceKind::Auto,
-        /// `sequential`, `cosets` or `beside`: which ranks work on which level.
+        /// `sequential`: all ranks work on each level in turn. `cosets`: the cosets of an `injection` level are trained at the same time, each by a group of the ranks; sets `levels.coset = "all"`. `beside`: one group smooths the fine level while another trains coarse levels, in `v`, `w`, `f` and `phases` (docs/PLACEMENT.md).
         placement: Placement = Placement::Sequential,
+        /// Ranks of each group; `beside`: fine level, coarse level. Empty: so that groups finish together by their FLOPs.
+        groups: Vec<usize> = Vec::new(),
+        /// Steps of a group until all meet. `levels.coset = "all"`: 1 sums the ends' gradients each step, more averages ends and their moments after so many. `beside`: counts the steps of the side with fewer. Signals and checkpoints wait for a meeting.
+        sync_every: u64 = 1,
         /// ZeRO stage: 0 = every rank holds all optimizer state.
         zero: u64 = 0,
         /// Threads a rank computes with. 0 = the cores it may use, shared with the ranks on its node.

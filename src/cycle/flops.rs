@@ -9,6 +9,8 @@ pub struct Phase {
     pub coset: Coset,
     pub steps: u64,
     pub flops: Flops,
+    /// Another phase is done at the same time: the fine level beside a coarse one, or the other way round.
+    pub beside: bool,
 }
 
 /// Tokens of a global batch on `level`, B_l T.
@@ -16,17 +18,31 @@ pub fn tokens_per_step(config: &Config, level: usize) -> u64 {
     config.batch(level) as u64 * config.data.context as u64
 }
 
-/// The smooths of `ops`, each with steps · step_flops(N_l, B_l T): the figures that a run logs. What a switch, an evaluation or
-/// the measurement of a coherence term costs is not counted.
+/// FLOPs of `op`: steps · step_flops(N_l, B_l T) a smooth, times the number of cosets where all are trained. What a switch,
+/// an evaluation, a held-out batch or the measurement of a coherence term costs is not counted.
+pub fn flops(config: &Config, spec: &Spec, op: &Op) -> Flops {
+    phases(config, spec, op).iter().map(|phase| phase.flops).sum()
+}
+
+/// The smooths of `ops` with the figures that a run logs.
 pub fn plan_flops(config: &Config, spec: &Spec, ops: &[Op]) -> Vec<Phase> {
-    let phase = |op: &Op| match *op {
+    ops.iter().flat_map(|op| phases(config, spec, op)).collect()
+}
+
+fn phases(config: &Config, spec: &Spec, op: &Op) -> Vec<Phase> {
+    match *op {
         Op::Smooth { level, coset, steps } => {
-            let flops = step_flops(spec, config.rows(level), tokens_per_step(config, level)) * steps;
-            Some(Phase { level, coset, steps, flops })
+            let nets = if coset == Coset::All { config.levels.factor.pow(level as u32) as u64 } else { 1 };
+            let flops = step_flops(spec, config.rows(level), tokens_per_step(config, level)) * (steps * nets);
+            vec![Phase { level, coset, steps, flops, beside: false }]
         }
-        _ => None,
-    };
-    ops.iter().filter_map(phase).collect()
+        Op::Beside { fine, ref coarse, .. } => {
+            let fine = Op::Smooth { level: 0, coset: Coset::Index(0), steps: fine };
+            let sides = std::iter::once(&fine).chain(coarse).flat_map(|op| phases(config, spec, op));
+            sides.map(|phase| Phase { beside: true, ..phase }).collect()
+        }
+        Op::Descend { .. } | Op::Ascend { .. } => Vec::new(),
+    }
 }
 
 /// FLOPs of all phases.

@@ -3,22 +3,32 @@
 //! A [`Cycle`] only says which levels it visits for how many steps; [`plan`] makes the ops: every switch between, the
 //! coset policy, nothing of zero steps. So each plan starts and ends on level 0, switches between adjacent levels only and has
 //! `run.steps` steps.
+//!
+//! The plan says what is done. [`Places`] says by which ranks: it cuts ops into [`Round`]s, between which all ranks meet, and
+//! gives each rank its list of [`LocalOp`]s. `docs/PLACEMENT.md` has the mathematics.
 
 mod adaptive;
 mod cascade;
 mod f;
 mod flat;
 mod flops;
+mod groups;
+mod local;
 mod paper;
 mod phases;
+mod places;
 mod position;
 mod repeat;
 mod split;
+mod stage;
 mod v;
 mod w;
 
 pub use adaptive::shorten;
-pub use flops::{Phase, plan_flops, tokens_per_step, total};
+pub use flops::{Phase, flops, plan_flops, tokens_per_step, total};
+pub use groups::Groups;
+pub use local::{LocalOp, Scope, Side, Smooth, localize, own_cosets};
+pub use places::{Places, Round, done};
 pub use position::{Position, check};
 
 use crate::config::{Config, CosetPolicy, CycleKind, Placement};
@@ -32,10 +42,12 @@ pub enum Coset {
     Index(usize),
     /// Drawn each step from (seed, step).
     Random,
+    /// All at once: a step trains each coset, on a batch of its own.
+    All,
 }
 
 /// One operation of a multilevel cycle. Level 0 is the finest; a run starts on level 0 and ends there.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Op {
     /// Optimizer steps on one level.
@@ -44,6 +56,37 @@ pub enum Op {
     Descend { to: usize },
     /// Prolong to the next finer level; always one level at a time.
     Ascend { to: usize },
+    /// `fine` steps on level 0 beside the ops `coarse`, which start from the same θ⁰ by a descent to level 1 and end there; then
+    /// the correction of the fine level by the coarse one. Both sides meet after each of `rounds` nearly equal parts.
+    Beside { fine: u64, coarse: Vec<Op>, rounds: u64 },
+}
+
+impl Op {
+    /// Optimizer steps that it counts for in `run.steps`.
+    pub fn steps(&self) -> u64 {
+        self.steps_after(self.length())
+    }
+
+    /// Length in the units of a [`Position`]: the steps of a smooth, the rounds of a `Beside`, 1 of a switch.
+    pub fn length(&self) -> u64 {
+        match self {
+            Op::Smooth { steps, .. } => *steps,
+            Op::Beside { rounds, .. } => *rounds,
+            Op::Descend { .. } | Op::Ascend { .. } => 1,
+        }
+    }
+
+    /// Optimizer steps done after `done` units of it.
+    pub fn steps_after(&self, done: u64) -> u64 {
+        match self {
+            Op::Smooth { .. } => done,
+            Op::Beside { fine, coarse, rounds } => {
+                let coarse = coarse.iter().map(Op::steps).sum();
+                places::upto(*fine, done, *rounds) + places::upto(coarse, done, *rounds)
+            }
+            Op::Descend { .. } | Op::Ascend { .. } => 0,
+        }
+    }
 }
 
 /// Optimizer steps on a level.
@@ -86,23 +129,13 @@ pub fn cycle(kind: CycleKind) -> &'static dyn Cycle {
 
 /// The ops of a run: `run.steps` steps, from level 0 to level 0. A function of the config alone.
 pub fn plan(config: &Config) -> Vec<Op> {
-    let cycle = cycle(config.cycle.kind);
-    let (mut ops, mut level) = (Vec::new(), 0);
-    for visit in merged(cycle.visits(config)) {
-        switch(&mut ops, level, visit.level);
-        smooth(&mut ops, visit, cycle.cosets(config), config);
-        level = visit.level;
+    let visits = cycle(config.cycle.kind).visits(config);
+    if config.parallel.placement == Placement::Beside {
+        return stage::plan(config, visits);
     }
-    switch(&mut ops, level, 0);
+    let mut ops = Vec::new();
+    stage::sequence(config, &mut ops, visits, 0);
     ops
-}
-
-/// The part of `plan` that rank `rank` of `size` carries out.
-pub fn localize(plan: &[Op], placement: Placement, _rank: usize, _size: usize) -> Vec<Op> {
-    match placement {
-        Placement::Sequential => plan.to_vec(),
-        Placement::Cosets | Placement::Beside => unreachable!("refused by config::parse"),
-    }
 }
 
 /// Visits of zero steps dropped, neighbours on one level joined.
@@ -127,6 +160,7 @@ fn smooth(ops: &mut Vec<Op>, Visit { level, steps }: Visit, policy: CosetPolicy,
     let mut push = |coset, steps| ops.push(Op::Smooth { level, coset, steps });
     match policy {
         CosetPolicy::Random if level > 0 => push(Coset::Random, steps),
+        CosetPolicy::All if level > 0 => push(Coset::All, steps),
         CosetPolicy::Alternate if level > 0 => {
             let cosets = config.levels.factor.pow(level as u32);
             let shares = split(steps, &vec![1.0; cosets]);
@@ -137,5 +171,7 @@ fn smooth(ops: &mut Vec<Op>, Visit { level, steps }: Visit, policy: CosetPolicy,
     }
 }
 
+#[cfg(test)]
+mod simulation;
 #[cfg(test)]
 mod tests;

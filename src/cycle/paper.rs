@@ -11,7 +11,11 @@ impl Cycle for Paper {
     fn visits(&self, config: &Config) -> Vec<Visit> {
         cascade::shares(config)
     }
-    fn cosets(&self, _config: &Config) -> CosetPolicy {
-        CosetPolicy::Alternate
+    /// In turn, unless all are trained at once.
+    fn cosets(&self, config: &Config) -> CosetPolicy {
+        match config.levels.coset {
+            CosetPolicy::All => CosetPolicy::All,
+            _ => CosetPolicy::Alternate,
+        }
     }
 }

@@ -1,22 +1,28 @@
 use super::Group;
 use super::coherence::Coherence;
 use super::transfer::{Transfer, transfer};
-use crate::config::{Config, LevelsTable};
+use crate::config::{Config, LevelsTable, Placement};
 use crate::error::{Result, ensure};
 use crate::model::{Layout, Params, Spec};
 use candle_core::Tensor;
 
-/// All levels of a net. Level 0 is the fine one; the ends are shared by all.
+/// All levels of a net. Level 0 is the fine one; the ends are shared by all. (Where coarse levels are trained beside the
+/// fine one, coarse levels have a copy of the ends, which moves with the switches from and to level 0.)
 ///
 /// Each level owns a [`Group`] of N_l rows or, where the transfer operator shares rows (`injection`), is a set of
 /// cosets of the fine group's rows. Tensors keep their storage for the life of the hierarchy, so cached views stay valid.
 pub struct Hierarchy {
-    pub(super) ends: Group,
+    /// One group for all levels or, with `parallel.placement = "beside"`, one for level 0 and one for all others.
+    pub(super) ends: Vec<Group>,
     /// One group a level, or the fine one alone if all levels share its rows.
     pub(super) groups: Vec<Group>,
     pub(super) levels: Vec<Level>,
     /// The level that the run is on.
     pub(super) current: usize,
+    /// The level of the coarse side while one is trained beside level 0.
+    pub(super) beside: Option<usize>,
+    /// e⁰ [1, E]: the ends as they were when the coarse side started.
+    pub(super) ends_entry: Option<Tensor>,
     /// Trajectory [N, P] of [`Hierarchy::fine`], and its views; `None` where the fine trajectory itself serves.
     pub(super) scratch: Option<(Tensor, Params)>,
     pub(super) operator: &'static dyn Transfer,
@@ -63,14 +69,21 @@ impl Hierarchy {
             Group::new(Layout::block(spec), theta, gradient.narrow(0, 0, rows)?, moments.len())
         };
         let groups = (0..owners).map(group).collect::<Result<Vec<_>>>()?;
+        let copies = if config.parallel.placement == Placement::Beside { 2 } else { 1 };
         let ends_gradient = ends.zeros_like()?;
-        let ends = Group::new(Layout::ends(spec), ends, ends_gradient, moments.len())?;
-        let levels = (0..config.levels.count)
-            .map(|level| Level::new(config, spec, level, &groups[level.min(owners - 1)], &ends))
-            .collect::<Result<_>>()?;
-        let scratch = if owners > 1 { Some(scratch(config, spec, &groups[0].theta, &ends.theta)?) } else { None };
+        let ends_group = |copy| {
+            let theta = if copy == 0 { ends.clone() } else { ends.zeros_like()? };
+            Group::new(Layout::ends(spec), theta, ends_gradient.clone(), moments.len())
+        };
+        let ends = (0..copies).map(ends_group).collect::<Result<Vec<_>>>()?;
+        let level = |l: usize| Level::new(config, spec, l, &groups[l.min(owners - 1)], &ends[l.min(copies - 1)]);
+        let levels = (0..config.levels.count).map(level).collect::<Result<_>>()?;
+        // Used on coarse levels only, so with their ends.
+        let coarse_ends = &ends[copies - 1].theta;
+        let scratch = if owners > 1 { Some(scratch(config, spec, &groups[0].theta, coarse_ends)?) } else { None };
         let (rules, moments) = (config.levels.clone(), moments.to_vec());
-        Ok(Hierarchy { ends, groups, levels, current: 0, scratch, operator, rules, moments })
+        let (current, beside, ends_entry) = (0, None, None);
+        Ok(Hierarchy { ends, groups, levels, current, beside, ends_entry, scratch, operator, rules, moments })
     }
 
     /// The level that the run is on.
@@ -103,9 +116,31 @@ impl Hierarchy {
         &self.groups[self.owner(level)]
     }
 
-    /// Embeddings, final layer norm and head, shared by all levels.
-    pub fn ends(&self) -> &Group {
-        &self.ends
+    /// Embeddings, final layer norm and head of the nets of `level`.
+    pub fn ends(&self, level: usize) -> &Group {
+        &self.ends[self.ends_owner(level)]
+    }
+
+    /// Counts `steps` more optimizer updates of a coset, made on another rank.
+    pub fn count_elsewhere(&mut self, level: usize, coset: usize, steps: u64) {
+        let owner = self.owner(level);
+        for &row in &self.levels[level].cosets[coset].rows {
+            self.groups[owner].updates[row] += steps;
+        }
+    }
+
+    /// Sets how many optimizer updates the ends of `level` have had.
+    pub fn set_ends_updates(&mut self, level: usize, updates: u64) {
+        let owner = self.ends_owner(level);
+        self.ends[owner].updates[0] = updates;
+    }
+
+    /// The rows of a coset, of θ and then of each moment, as views [1, P].
+    pub fn rows_of(&self, level: usize, coset: usize) -> Result<Vec<Tensor>> {
+        let group = self.group(level);
+        let tensors = std::iter::once(&group.theta).chain(&group.moments);
+        let rows = |tensor| self.row_indices(level, coset).iter().map(move |&row| Tensor::narrow(tensor, 0, row, 1));
+        Ok(tensors.flat_map(rows).collect::<candle_core::Result<_>>()?)
     }
 
     /// Updates that each row of a coset has had, in the order of [`Hierarchy::row_indices`].
@@ -114,25 +149,27 @@ impl Hierarchy {
         self.row_indices(level, coset).iter().map(|&row| counts[row]).collect()
     }
 
-    /// Counts one optimizer update of a coset and the ends.
-    pub fn count_update(&mut self, level: usize, coset: usize) {
-        let owner = self.owner(level);
-        for &row in &self.levels[level].cosets[coset].rows {
-            self.groups[owner].updates[row] += 1;
-        }
-        self.ends.updates[0] += 1;
+    /// Counts one optimizer update of these cosets and of the ends.
+    pub fn count_update(&mut self, level: usize, cosets: impl IntoIterator<Item = usize>) {
+        cosets.into_iter().for_each(|coset| self.count_elsewhere(level, coset, 1));
+        let ends = self.ends_owner(level);
+        self.ends[ends].updates[0] += 1;
     }
 
     /// g -= v in the gradients of `level` and of the ends, if the level carries a coherence term.
     pub fn correct_gradient(&self, level: usize) -> Result<()> {
         match &self.levels[level].coherence {
-            Some(term) => term.correct(self.group(level), self.row_indices(level, 0), &self.ends),
+            Some(term) => term.correct(self.group(level), self.row_indices(level, 0), self.ends(level)),
             None => Ok(()),
         }
     }
 
     pub(super) fn owner(&self, level: usize) -> usize {
         level.min(self.groups.len() - 1)
+    }
+
+    pub(super) fn ends_owner(&self, level: usize) -> usize {
+        level.min(self.ends.len() - 1)
     }
 
     /// N_l
@@ -161,6 +198,15 @@ impl Level {
         };
         let cosets = (0..stride).map(coset).collect::<Result<_>>()?;
         Ok(Level { h, cosets, entry: None, coherence: None })
+    }
+
+    /// The tensors that a level holds between its descent and its ascent.
+    pub(super) fn terms(&self) -> impl Iterator<Item = &Tensor> {
+        self.entry.iter().chain(self.coherence.iter().flat_map(|term| [&term.blocks, &term.ends]))
+    }
+
+    pub(super) fn leave(&mut self) {
+        (self.entry, self.coherence) = (None, None);
     }
 }
 

@@ -3,14 +3,17 @@
 //! A trajectory is a tensor [N, P]; everything about depth is a matrix on its axis 0. `docs/MULTILEVEL.md` has the
 //! mathematics.
 
+mod beside;
 mod coherence;
 mod group;
 mod hierarchy;
 mod memory;
+mod pull;
 mod snapshot;
 mod switch;
 pub mod transfer;
 
+pub use beside::Half;
 pub use group::Group;
 pub use hierarchy::Hierarchy;
 pub use memory::{Memory, memory};

@@ -1,7 +1,7 @@
 //! What a checkpoint keeps of a hierarchy: small values ([`Snapshot`]) and named tensors ([`Hierarchy::tensors`]).
 
 use super::coherence::Coherence;
-use super::{Group, Hierarchy};
+use super::{Group, Half, Hierarchy};
 use crate::error::{Result, ensure};
 use crate::model::Layout;
 use candle_core::Tensor;
@@ -19,6 +19,30 @@ pub struct Snapshot {
     entries: Vec<usize>,
     /// Levels that hold a coherence term.
     coherence: Vec<usize>,
+    /// The level of the coarse side, while one is trained beside level 0.
+    #[serde(default)]
+    beside: Option<usize>,
+    /// Updates of the coarse levels' ends, if those are not the fine level's.
+    #[serde(default)]
+    coarse_ends_updates: Option<u64>,
+}
+
+impl Snapshot {
+    /// This snapshot with one half of it from another.
+    pub(super) fn with(mut self, half: Half, other: &Snapshot) -> Snapshot {
+        match half {
+            Half::Fine => {
+                self.ends_updates = other.ends_updates;
+                self.updates[0].clone_from(&other.updates[0]);
+            }
+            Half::Coarse => {
+                let (fine, ends_updates) = (self.updates.swap_remove(0), self.ends_updates);
+                self = Snapshot { ends_updates, ..other.clone() };
+                self.updates[0] = fine;
+            }
+        }
+        self
+    }
 }
 
 /// A tensor of a checkpoint.
@@ -40,7 +64,9 @@ impl Hierarchy {
         Snapshot {
             level: self.current,
             updates: self.groups.iter().map(|group| group.updates.clone()).collect(),
-            ends_updates: self.ends.updates[0],
+            ends_updates: self.ends[0].updates[0],
+            beside: self.beside,
+            coarse_ends_updates: self.ends.get(1).map(|ends| ends.updates[0]),
             entries: holding(|level| level.entry.is_some()),
             coherence: holding(|level| level.coherence.is_some()),
         }
@@ -59,7 +85,13 @@ impl Hierarchy {
             self.levels.len()
         );
         self.current = snapshot.level;
-        self.ends.updates[0] = snapshot.ends_updates;
+        self.beside = snapshot.beside;
+        self.ends[0].updates[0] = snapshot.ends_updates;
+        if let (Some(ends), Some(updates)) = (self.ends.get_mut(1), snapshot.coarse_ends_updates) {
+            ends.updates[0] = updates;
+        }
+        let Hierarchy { ends_entry, ends, .. } = self;
+        keep_or_make(ends_entry, snapshot.beside.is_some(), || Ok(ends[0].theta.zeros_like()?))?;
         for (group, updates) in self.groups.iter_mut().zip(&snapshot.updates) {
             group.updates.clone_from(updates);
         }
@@ -69,7 +101,7 @@ impl Hierarchy {
             let Hierarchy { levels, ends, .. } = self;
             keep_or_make(&mut levels[level].entry, entry, || Ok(rows.zeros_like()?))?;
             keep_or_make(&mut levels[level].coherence, coherence, || {
-                Ok(Coherence { blocks: rows.zeros_like()?, ends: ends.theta.zeros_like()? })
+                Ok(Coherence { blocks: rows.zeros_like()?, ends: ends[0].theta.zeros_like()? })
             })?;
         }
         Ok(())
@@ -90,9 +122,21 @@ impl Hierarchy {
             }
             _ => list.push("blocks".into(), true, &fine.layout, &fine.theta),
         }
-        list.push("ends".into(), true, &self.ends.layout, &self.ends.theta);
+        // Copies of the ends: the validated net's under `ends`.
+        let own = self.ends_owner(self.current);
+        for (copy, ends) in self.ends.iter().enumerate() {
+            let name = if copy == own { "ends".into() } else { format!("levels/{copy}/ends") };
+            list.push(name, copy == own, &ends.layout, &ends.theta);
+        }
         list.moments(&self.moments, "", "blocks", fine);
-        list.moments(&self.moments, "", "ends", &self.ends);
+        for (copy, ends) in self.ends.iter().enumerate() {
+            let prefix = if copy == 0 { String::new() } else { format!("levels/{copy}/") };
+            list.moments(&self.moments, &prefix, "ends", ends);
+        }
+        let ends_layout = &self.ends[0].layout;
+        if let Some(entry) = &self.ends_entry {
+            list.push("levels/1/entry/ends".into(), false, ends_layout, entry);
+        }
         for (level, group) in self.groups.iter().enumerate().skip(1) {
             list.push(format!("levels/{level}/blocks"), false, &group.layout, &group.theta);
             list.moments(&self.moments, &format!("levels/{level}/"), "blocks", group);
@@ -103,7 +147,7 @@ impl Hierarchy {
             }
             if let Some(v) = &terms.coherence {
                 list.push(format!("levels/{level}/coherence/blocks"), false, &fine.layout, &v.blocks);
-                list.push(format!("levels/{level}/coherence/ends"), false, &self.ends.layout, &v.ends);
+                list.push(format!("levels/{level}/coherence/ends"), false, ends_layout, &v.ends);
             }
         }
         Ok(list.0)

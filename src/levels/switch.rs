@@ -16,43 +16,73 @@ impl Hierarchy {
     /// Goes to the next coarser level: θ_H = R θ_h, optimizer state by rule; with coherence, measures v by `gradient`
     /// (else it is never called).
     pub fn descend(&mut self, to: usize, gradient: &mut Gradient) -> Result<()> {
+        self.check_descent(self.current, to)?;
+        self.current = to;
+        self.restrict(to, false, gradient)
+    }
+
+    /// Goes to the next finer level: θ_h by the update form, optimizer state by rule; the coherence term is dropped.
+    pub fn ascend(&mut self, to: usize) -> Result<()> {
+        self.check_ascent(self.current, to)?;
+        self.prolong(to)?;
+        self.current = to;
+        Ok(())
+    }
+
+    pub(super) fn check_descent(&self, from: usize, to: usize) -> Result<()> {
         ensure!(
-            to == self.current + 1 && to < self.levels.len(),
-            "cannot descend from level {} to level {to}: only to the next coarser of {} levels",
-            self.current,
+            to == from + 1 && to < self.levels.len(),
+            "cannot descend from level {from} to level {to}: only to the next coarser of {} levels",
             self.levels.len()
         );
+        Ok(())
+    }
+
+    pub(super) fn check_ascent(&self, from: usize, to: usize) -> Result<()> {
+        ensure!(to + 1 == from, "cannot ascend from level {from} to level {to}: only to the next finer one");
+        Ok(())
+    }
+
+    /// Everything that a descent to level `to` changes, except where the run is; `keeps_entry`: θ_H⁰ will be needed.
+    pub(super) fn restrict(&mut self, to: usize, keeps_entry: bool, gradient: &mut Gradient) -> Result<()> {
         if !self.shares_rows() {
             let theta = &self.groups[to].theta;
             self.restriction(to).multiply(1.0, &self.groups[to - 1].theta, 0.0, theta)?;
-            if self.rules.update == Update::Correct {
+            if keeps_entry || self.rules.update == Update::Correct {
                 self.levels[to].entry = Some(theta.copy()?);
             }
         }
+        self.copy_ends(to - 1, to)?;
         self.move_state(to - 1, to)?;
-        self.current = to;
         if self.rules.coherence {
             self.levels[to].coherence = Some(self.measure_coherence(to, gradient)?);
         }
         Ok(())
     }
 
-    /// Goes to the next finer level: θ_h by the update form, optimizer state by rule; the coherence term is dropped.
-    pub fn ascend(&mut self, to: usize) -> Result<()> {
-        ensure!(
-            to + 1 == self.current,
-            "cannot ascend from level {} to level {to}: only to the next finer one",
-            self.current
-        );
-        let from = self.current;
+    /// Everything that an ascent to level `to` changes, except where the run is.
+    pub(super) fn prolong(&mut self, to: usize) -> Result<()> {
+        let from = to + 1;
         if !self.shares_rows() {
             self.update_finer(from, &self.groups[from].theta, &self.groups[to].theta)?;
         }
+        self.copy_ends(from, to)?;
         self.move_state(from, to)?;
-        self.levels[from].entry = None;
-        self.levels[from].coherence = None;
-        self.current = to;
+        self.levels[from].leave();
         Ok(())
+    }
+
+    /// e_to = e_from with moments and update count (=), where the two levels do not share their ends.
+    fn copy_ends(&mut self, from: usize, to: usize) -> Result<()> {
+        let (from, to) = (self.ends_owner(from), self.ends_owner(to));
+        if from == to {
+            return Ok(());
+        }
+        let [source, target] = self.ends.get_disjoint_mut([from, to]).expect("two copies of the ends");
+        target.updates.clone_from(&source.updates);
+        target.theta.slice_set(&source.theta, 0, 0)?;
+        let mut moments = target.moments.iter().zip(&source.moments);
+        Ok(moments.try_for_each(|(target, source)| target.slice_set(source, 0, 0))?)
     }
 
     /// The fine net as it would be if all ascents from the current level were done now.
@@ -106,7 +136,8 @@ impl Hierarchy {
         let ratio = match self.rules.state {
             StateRule::Keep => return Ok(()),
             StateRule::Reset => {
-                self.ends.reset_moments()?;
+                let ends = self.ends_owner(to);
+                self.ends[ends].reset_moments()?;
                 let owner = self.owner(to);
                 return self.groups[owner].reset_moments();
             }
@@ -129,9 +160,9 @@ impl Hierarchy {
         gradient(self, fine)?;
         self.correct_gradient(fine)?;
         let blocks = self.prolongation(coarse).transpose().apply(&self.gradient_of(fine)?)?;
-        let ends = self.ends.grad.copy()?;
+        let ends = self.ends(fine).grad.copy()?;
         gradient(self, coarse)?;
-        Ok(Coherence { blocks: (self.gradient_of(coarse)? - blocks)?, ends: (&self.ends.grad - ends)? })
+        Ok(Coherence { blocks: (self.gradient_of(coarse)? - blocks)?, ends: (&self.ends(coarse).grad - ends)? })
     }
 
     /// g of coset 0 of `level` [N_l, P]; a copy where levels share rows.
@@ -145,7 +176,7 @@ impl Hierarchy {
     }
 
     /// P to the level above `coarse`.
-    fn prolongation(&self, coarse: usize) -> Matrix {
+    pub(super) fn prolongation(&self, coarse: usize) -> Matrix {
         self.operator.prolongation(self.rows(coarse), self.rules.factor)
     }
 

@@ -67,11 +67,37 @@ fn gradient_of(config: &Config, dtype: DType) -> impl FnMut(&Hierarchy, usize) -
     let targets: Vec<u32> = (0..15).map(|i| (i * i + 2 * i + 1) % 11).collect();
     move |hierarchy, level| {
         hierarchy.group(level).grad.zero_set()?;
-        hierarchy.ends().grad.zero_set()?;
+        hierarchy.ends(level).grad.zero_set()?;
         let (params, grads) = (hierarchy.params(level, 0), hierarchy.grads(level, 0));
         net.loss_and_gradient(params, grads, &tokens, &targets, 1.0 / 15.0, &mut |_| Ok(()))?;
         Ok(())
     }
+}
+
+#[test]
+fn a_pull_keeps_the_means_of_twins_and_makes_them_alike() {
+    let means = |h: &Hierarchy, k: usize| {
+        let theta = &h.group(0).theta;
+        theta.reshape((8 / k, k, ())).unwrap().mean(1).unwrap()
+    };
+    let spread = |h: &Hierarchy, k: usize| {
+        let theta = &h.group(0).theta;
+        let copies: Vec<Tensor> = (0..8).map(|n| means(h, k).narrow(0, n / k, 1).unwrap()).collect();
+        distance(theta, &Tensor::cat(&copies, 0).unwrap())
+    };
+    for (level, twins) in [(1, 2), (2, 4)] {
+        let h = hierarchy(&config(TransferKind::Injection, "pull = 0.25"), DType::F64);
+        let (before, apart) = (means(&h, twins), spread(&h, twins));
+        assert!(apart > 0.1, "{apart}");
+        h.pull(level).unwrap();
+        assert!(distance(&before, &means(&h, twins)) < 1e-15);
+        assert!((spread(&h, twins) - 0.75 * apart).abs() < 1e-15);
+    }
+    let h = hierarchy(&config(TransferKind::Injection, "pull = 1"), DType::F64);
+    h.pull(0).unwrap();
+    assert!(spread(&h, 2) > 0.1, "the fine level has no twins");
+    h.pull(2).unwrap();
+    assert!(spread(&h, 4) < 1e-15, "copies");
 }
 
 #[test]
@@ -81,10 +107,10 @@ fn cosets_are_strided_views() {
     assert_eq!(h.row_indices(1, 1), [1, 3, 5, 7]);
     assert_eq!(h.row_indices(2, 3), [3, 7]);
     assert_eq!((h.params(2, 3).rows(), h.params(2, 3).h), (2, 0.5));
-    h.count_update(2, 3);
-    h.count_update(1, 1);
+    h.count_update(2, [3]);
+    h.count_update(1, [1]);
     assert_eq!(h.group(0).updates, [0, 1, 0, 2, 0, 1, 0, 2]);
-    assert_eq!((h.updates(2, 3), h.ends().updates[0]), (vec![2, 2], 2));
+    assert_eq!((h.updates(2, 3), h.ends(0).updates[0]), (vec![2, 2], 2));
 }
 
 #[test]
@@ -183,16 +209,16 @@ fn moments_move_by_rule() {
                     assert!(values(moment).iter().all(|m| (m - expected).abs() < 1e-12), "{kind} {rule} level {level}");
                 }
             };
-            for (moment, value) in h.groups[0].moments.iter().chain(&h.ends.moments).zip([3.0, 5.0, 1.0, 1.0]) {
+            for (moment, value) in h.groups[0].moments.iter().chain(&h.ends[0].moments).zip([3.0, 5.0, 1.0, 1.0]) {
                 set(moment, value);
             }
-            (0..7).for_each(|_| h.count_update(0, 0));
+            (0..7).for_each(|_| h.count_update(0, [0]));
             h.descend(1, &mut no_gradient).unwrap();
             assert_moments(&h, 1, coarse);
             assert_eq!(h.updates(1, 0), [updates.0; 4]);
             let ends = if rule == StateRule::Reset { 0.0 } else { 1.0 };
-            assert!(h.ends().moments.iter().flat_map(values).all(|m| m == ends));
-            h.count_update(1, 0);
+            assert!(h.ends(0).moments.iter().flat_map(values).all(|m| m == ends));
+            h.count_update(1, [0]);
             h.ascend(0).unwrap();
             assert_moments(&h, 0, fine);
             assert_eq!(h.updates(0, 0), [updates.1; 8]);
@@ -245,7 +271,7 @@ fn the_corrected_coarse_gradient_is_the_restricted_fine_one() {
         let mut corrected = |h: &Hierarchy, level: usize| {
             gradient(h, level).unwrap();
             h.correct_gradient(level).unwrap();
-            (h.gradient_of(level).unwrap().copy().unwrap(), h.ends().grad.copy().unwrap())
+            (h.gradient_of(level).unwrap().copy().unwrap(), h.ends(level).grad.copy().unwrap())
         };
         // On level 2 the finer objective carries a term itself.
         for to in [1, 2] {
@@ -273,7 +299,7 @@ fn a_restored_hierarchy_goes_on_bit_for_bit() {
         let mut h = hierarchy(&config, DType::F32);
         for to in [1, 2] {
             h.groups.iter().flat_map(|g| g.moments.iter().chain([&g.theta])).for_each(disturb);
-            h.count_update(to - 1, 0);
+            h.count_update(to - 1, [0]);
             h.descend(to, &mut gradient).unwrap();
         }
         let snapshot = serde_json::to_string(&h.snapshot()).unwrap();

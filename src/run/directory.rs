@@ -1,12 +1,23 @@
 //! The run directory: resolved config, provenance, metrics, log and checkpoints.
 
-use crate::config::{self, Config};
+use crate::config::{self, Config, Placement};
 use crate::error::{Context, Result, bail, ensure};
 use std::path::{Path, PathBuf};
 
 /// Tables and keys that a resumed run may change: where and how it runs, not what it computes.
-const MAY_CHANGE: &[&str] =
-    &["run.max_minutes", "data.dir", "data.micro_batch", "model.recompute", "parallel", "checkpoint", "log"];
+const MAY_CHANGE: &[&str] = &[
+    "run.max_minutes",
+    "data.dir",
+    "data.micro_batch",
+    "model.recompute",
+    "parallel.device",
+    "parallel.placement",
+    "parallel.groups",
+    "parallel.threads",
+    "parallel.timeout",
+    "checkpoint",
+    "log",
+];
 
 /// Folder of one run.
 #[derive(Clone, Debug)]
@@ -63,7 +74,11 @@ impl RunDirectory {
 
     fn check_same_config(&self, config: &Config) -> Result<()> {
         let written = config::load(&self.config_file(), &[])?;
-        let changed = differences(&written, config).into_iter().filter(|d| !MAY_CHANGE.iter().any(|key| d.is_of(key)));
+        // Beside each other, levels are trained from the same snapshot: that is another computation.
+        let beside = [&written, config].iter().any(|config| config.parallel.placement == Placement::Beside);
+        let may_change =
+            |d: &Difference| MAY_CHANGE.iter().any(|key| d.is_of(key)) && !(beside && d.is_of("parallel.placement"));
+        let changed = differences(&written, config).into_iter().filter(|d| !may_change(d));
         let changed: Vec<String> = changed.map(|d| d.to_string()).collect();
         if !changed.is_empty() {
             bail!(

@@ -29,16 +29,33 @@ pub struct Differentiator {
     micro_batch: usize,
 }
 
+/// What a gradient does with that of the ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ends {
+    /// = the sum over the group.
+    Sum,
+    /// = this rank's part; [`Differentiator::share_ends`] sums it later.
+    Start,
+    /// += this rank's part.
+    Add,
+}
+
 impl Differentiator {
-    pub fn new(config: &Config, spec: &Spec, device: &Device, comm: &dyn Communicator) -> Result<Differentiator> {
-        let (smallest, _) = config.batches();
+    /// `smallest` and `largest`: ranks of the groups that share a global batch.
+    pub fn new(
+        config: &Config,
+        spec: &Spec,
+        device: &Device,
+        smallest: usize,
+        largest: usize,
+    ) -> Result<Differentiator> {
+        let (batch, _) = config.batches();
         ensure!(
-            smallest >= comm.size(),
-            "{} = {smallest} is less than the {} ranks, and each needs a sequence: take a larger batch or fewer ranks",
-            if smallest == config.data.batch { "data.batch" } else { "the smallest of levels.batch" },
-            comm.size()
+            batch >= largest,
+            "{} = {batch} is less than the {largest} ranks, and each needs a sequence: take a larger batch or fewer ranks",
+            if batch == config.data.batch { "data.batch" } else { "the smallest of levels.batch" },
         );
-        let micro_batch = micro_batch(config, comm.size());
+        let micro_batch = micro_batch(config, smallest);
         let dataset = Dataset::open(&config.data.dir, Split::Train)?;
         Ok(Differentiator {
             net: Net::new(spec, spec.depth, micro_batch, DType::F32, device)?,
@@ -50,8 +67,13 @@ impl Differentiator {
         })
     }
 
+    /// The training sequences.
+    pub fn sampler(&self) -> &Sampler {
+        &self.sampler
+    }
+
     /// grad = ∂L/∂θ of the target (=), L the mean loss over `sequences` sequences from `first` on, at least one for each
-    /// rank; returns this rank's share of L, in nats a token. Collective.
+    /// rank of `comm`; returns this rank's share of L, in nats a token. Collective.
     pub fn gradient(
         &mut self,
         comm: &mut dyn Communicator,
@@ -59,8 +81,9 @@ impl Differentiator {
         target: Target,
         first: u64,
         sequences: usize,
+        ends: Ends,
     ) -> Result<f64> {
-        zero_gradient(hierarchy, target)?;
+        zero_gradient(hierarchy, target, ends != Ends::Add)?;
         let share = share(sequences, comm.rank(), comm.size());
         let scale = 1.0 / (sequences * self.context) as f64;
         let Differentiator { net, sampler, batch, buckets, micro_batch, .. } = self;
@@ -76,12 +99,19 @@ impl Differentiator {
                     let row = hierarchy.row_indices(target.level, target.coset)[n];
                     buckets.add(comm, &hierarchy.group(target.level).grad, row)
                 }
-                (true, Ready::Ends) => buckets.add(comm, &hierarchy.ends().grad, 0),
+                (true, Ready::Ends) if ends == Ends::Sum => buckets.add(comm, &hierarchy.ends(target.level).grad, 0),
+                (true, Ready::Ends) => Ok(()),
             };
             loss += scale * net.loss_and_gradient(params, grads, &batch.tokens, &batch.targets, scale, &mut ready)?;
         }
         buckets.finish(comm)?;
         Ok(loss)
+    }
+
+    /// The ends' gradient on `level` = its sum over all ranks of `comm`. Collective.
+    pub fn share_ends(&mut self, comm: &mut dyn Communicator, hierarchy: &Hierarchy, level: usize) -> Result<()> {
+        self.buckets.add(comm, &hierarchy.ends(level).grad, 0)?;
+        self.buckets.finish(comm)
     }
 
     /// Sequences of the training data in one epoch.
@@ -95,17 +125,17 @@ impl Differentiator {
     }
 
     /// Σ over tokens of the cross-entropy of the sequences `range` of `sampler`, forward only.
-    pub fn loss(&mut self, params: &Params, sampler: &Sampler, range: Range<usize>) -> Result<f64> {
+    pub fn loss(&mut self, params: &Params, sampler: &Sampler, range: Range<u64>) -> Result<f64> {
         let mut sum = 0.0;
         for first in range.clone().step_by(self.micro_batch) {
-            sampler.batch(first as u64, self.micro_batch.min(range.end - first), &mut self.batch)?;
+            sampler.batch(first, self.micro_batch.min((range.end - first) as usize), &mut self.batch)?;
             sum += self.net.loss(params, &self.batch.tokens, &self.batch.targets)?;
         }
         Ok(sum)
     }
 }
 
-/// Sequences that the rank with the largest share differentiates at once.
+/// Sequences that the rank with the largest share differentiates at once, if `ranks` share a global batch.
 pub fn micro_batch(config: &Config, ranks: usize) -> usize {
     let (_, largest) = config.batches();
     let largest_share = largest.div_ceil(ranks);
@@ -115,21 +145,32 @@ pub fn micro_batch(config: &Config, ranks: usize) -> usize {
     }
 }
 
-/// ‖∂L/∂θ‖ of the target and the ends, from reduced gradients: the same on every rank.
-pub fn gradient_norm(hierarchy: &Hierarchy, target: Target) -> Result<f64> {
+/// ‖∂L/∂θ‖² of the target and the ends, from reduced gradients: the same on every rank of the group.
+pub fn square_of_gradient(hierarchy: &Hierarchy, target: Target) -> Result<f64> {
+    add_squares(norm::sum_of_squares(&hierarchy.ends(target.level).grad)?, hierarchy, target)
+}
+
+/// ‖∂L/∂θ‖² of the target's rows alone.
+pub fn square_of_rows(hierarchy: &Hierarchy, target: Target) -> Result<f64> {
+    add_squares(0.0, hierarchy, target)
+}
+
+fn add_squares(mut sum: f64, hierarchy: &Hierarchy, target: Target) -> Result<f64> {
     let grad = &hierarchy.group(target.level).grad;
-    let mut sum = norm::sum_of_squares(&hierarchy.ends().grad)?;
     for &row in hierarchy.row_indices(target.level, target.coset) {
         sum += norm::sum_of_squares(&grad.narrow(0, row, 1)?)?;
     }
-    Ok(sum.sqrt())
+    Ok(sum)
 }
 
-/// grad = 0 of the target and the ends.
-fn zero_gradient(hierarchy: &Hierarchy, target: Target) -> Result<()> {
+/// grad = 0 of the target and, if `ends`, of the ends.
+fn zero_gradient(hierarchy: &Hierarchy, target: Target, ends: bool) -> Result<()> {
     let grad = &hierarchy.group(target.level).grad;
     for &row in hierarchy.row_indices(target.level, target.coset) {
         access::fill(&grad.narrow(0, row, 1)?, 0.0)?;
     }
-    access::fill(&hierarchy.ends().grad, 0.0)
+    if ends {
+        access::fill(&hierarchy.ends(target.level).grad, 0.0)?;
+    }
+    Ok(())
 }

@@ -1,15 +1,16 @@
 //! The numerical work of a run: step, switch, evaluation. Knows the net and its levels, not the plan.
 
-use super::gradient::{Differentiator, Target, gradient_norm};
+use super::gradient::{Differentiator, Ends, Target, square_of_gradient};
 use crate::checkpoint::Checkpoint;
 use crate::comm::{Communicator, Reduction};
 use crate::config::{Config, DeviceKind, Parametrization};
+use crate::cycle::Side;
 use crate::data::{Dataset, Sampler, Split, share};
 use crate::error::{Result, bail};
 use crate::levels::Hierarchy;
 use crate::model::{Spec, initialize};
 use crate::optim::{self, Hyper, Optimizer};
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 
 /// One rank's net, its levels and its optimizer.
 pub struct Learner {
@@ -28,12 +29,13 @@ pub struct Learner {
 }
 
 /// What one optimizer step did.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct StepReport {
     /// Mean cross-entropy of the global batch before the update, in nats a token.
     pub loss: f64,
     /// Global norm of the gradient before clipping.
     pub grad_norm: f64,
+    pub lr: f64,
 }
 
 impl StepReport {
@@ -42,16 +44,41 @@ impl StepReport {
     }
 }
 
+/// What came of the correction of the fine level by a coarse one. Losses are of the held-out batch, in nats a token.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Correction {
+    /// Of the fine net as its own group trained it.
+    pub loss: f64,
+    /// α and the loss of each net tried.
+    pub tried: Vec<(f64, f64)>,
+    /// The one of them that was taken.
+    pub taken: Option<(f64, f64)>,
+}
+
+impl std::fmt::Display for Correction {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let tried: Vec<String> =
+            self.tried.iter().map(|(alpha, loss)| format!("{loss:.4} with alpha {alpha}")).collect();
+        match self.taken {
+            Some((alpha, _)) => write!(f, "coarse correction taken with alpha {alpha}")?,
+            None if self.tried.is_empty() => return write!(f, "coarse correction dropped: levels.alpha = 0"),
+            None => write!(f, "coarse correction dropped")?,
+        }
+        write!(f, "; held-out loss {:.4} without, {}", self.loss, tried.join(", "))
+    }
+}
+
 impl Learner {
-    /// Builds and initialises everything for `config`, whose vocabulary is resolved.
-    pub fn new(config: &Config, comm: &dyn Communicator) -> Result<Learner> {
+    /// Builds and initialises everything for `config`, whose vocabulary is resolved. `smallest` and `largest`: ranks of the
+    /// groups that share a global batch.
+    pub fn new(config: &Config, smallest: usize, largest: usize) -> Result<Learner> {
         let device = device(config)?;
         let spec = Spec::new(config);
         let optimizer = optim::new(&config.optimizer);
         let moments: Vec<_> = optimizer.moments().iter().map(|m| (m.name, m.power)).collect();
         let (ends, trajectory) = initialize(&spec, config.run.seed, DType::F32, &device)?;
         Ok(Learner {
-            differentiator: Differentiator::new(config, &spec, &device, comm)?,
+            differentiator: Differentiator::new(config, &spec, &device, smallest, largest)?,
             hierarchy: Hierarchy::new(config, &spec, &moments, trajectory, ends)?,
             optimizer,
             validation: Validation::new(config)?,
@@ -67,63 +94,114 @@ impl Learner {
         &self.spec
     }
 
-    /// One optimizer step of `target` on the global batch that starts at sequence `first`. `wishes` of all ranks are
-    /// summed along the way. A gradient that is not finite changes no parameter. Collective.
-    pub fn step(
-        &mut self,
-        comm: &mut dyn Communicator,
-        target: Target,
-        first: u64,
-        lr: f64,
-        wishes: &mut [f64; 2],
-    ) -> Result<StepReport> {
-        let sequences = self.batches[target.level];
-        let share = self.differentiator.gradient(comm, &self.hierarchy, target, first, sequences)?;
+    /// The gradient of `target` on the global batch that starts at sequence `first` (=), less the coherence term; this
+    /// rank's share of the loss. Collective.
+    pub fn gradient(&mut self, comm: &mut dyn Communicator, target: Target, first: u64, ends: Ends) -> Result<f64> {
+        let share =
+            self.differentiator.gradient(comm, &self.hierarchy, target, first, self.batches[target.level], ends)?;
         self.hierarchy.correct_gradient(target.level)?;
-        let grad_norm = gradient_norm(&self.hierarchy, target)?;
-        let mut sums = [share, wishes[0], wishes[1]];
-        comm.reduce(&mut sums, Reduction::Sum)?;
-        *wishes = [sums[1], sums[2]];
-        let report = StepReport { loss: sums[0], grad_norm };
-        if report.is_finite() {
-            self.update(target, lr, optim::gradient_scale(grad_norm, self.clip))?;
-        }
-        Ok(report)
+        Ok(share)
     }
 
-    /// θ ← θ + update, for the target's rows and the ends.
-    fn update(&mut self, Target { level, coset }: Target, lr: f64, gradient_scale: f64) -> Result<()> {
+    /// One optimizer step of `target` on the global batch that starts at sequence `first`; the loss is this rank's share. A
+    /// gradient that is not finite changes no parameter. Collective.
+    pub fn step(&mut self, comm: &mut dyn Communicator, target: Target, first: u64, lr: f64) -> Result<StepReport> {
+        let loss = self.gradient(comm, target, first, Ends::Sum)?;
+        let grad_norm = square_of_gradient(&self.hierarchy, target)?.sqrt();
+        if grad_norm.is_finite() {
+            self.update(target.level, &[target.coset], lr, grad_norm, 1)?;
+        }
+        Ok(StepReport { loss, grad_norm, lr })
+    }
+
+    /// θ ← θ + update, for the rows of these cosets and for the ends, whose gradient is the sum over `nets` nets; all are
+    /// clipped as a gradient of norm `grad_norm`. Counts the update.
+    pub fn update(&mut self, level: usize, cosets: &[usize], lr: f64, grad_norm: f64, nets: usize) -> Result<()> {
         let Learner { hierarchy, optimizer, .. } = self;
-        let eps_scale = if self.eps_follows_h { hierarchy.params(level, coset).h } else { 1.0 };
-        let (group, ends) = (hierarchy.group(level), hierarchy.ends());
-        let rows = hierarchy.row_indices(level, coset);
-        let hyper = Hyper { lr, gradient_scale, eps_scale };
-        let updates = hierarchy.updates(level, coset);
-        optimizer.step(&group.layout, rows, &updates, &group.theta, &group.grad, &group.moments, &hyper)?;
-        let hyper = Hyper { eps_scale: 1.0, ..hyper };
+        let gradient_scale = optim::gradient_scale(grad_norm, self.clip);
+        let (group, ends) = (hierarchy.group(level), hierarchy.ends(level));
+        for &coset in cosets {
+            let eps_scale = if self.eps_follows_h { hierarchy.params(level, coset).h } else { 1.0 };
+            let rows = hierarchy.row_indices(level, coset);
+            let hyper = Hyper { lr, gradient_scale, eps_scale };
+            let updates = hierarchy.updates(level, coset);
+            optimizer.step(&group.layout, rows, &updates, &group.theta, &group.grad, &group.moments, &hyper)?;
+        }
+        let hyper = Hyper { lr, gradient_scale: gradient_scale / nets as f64, eps_scale: 1.0 };
         optimizer.step(&ends.layout, &[0], &ends.updates, &ends.theta, &ends.grad, &ends.moments, &hyper)?;
-        hierarchy.count_update(level, coset);
-        Ok(())
+        hierarchy.count_update(level, cosets.iter().copied());
+        hierarchy.pull(level)
     }
 
     /// Restricts to level `to`; a coherence term is measured on the sequences from `first` on. Collective.
-    pub fn descend(&mut self, comm: &mut dyn Communicator, to: usize, first: u64) -> Result<()> {
+    pub fn descend(&mut self, comm: &mut dyn Communicator, side: Side, to: usize, first: u64) -> Result<()> {
         let Learner { hierarchy, differentiator, coherence_sequences, .. } = self;
-        hierarchy.descend(to, &mut |hierarchy, level| {
+        let mut gradient = |hierarchy: &Hierarchy, level| {
             let target = Target { level, coset: 0 };
-            differentiator.gradient(comm, hierarchy, target, first, *coherence_sequences).map(drop)
-        })
+            differentiator.gradient(comm, hierarchy, target, first, *coherence_sequences, Ends::Sum).map(drop)
+        };
+        match side {
+            Side::Main => hierarchy.descend(to, &mut gradient),
+            Side::Coarse => hierarchy.descend_beside(to, &mut gradient),
+        }
     }
 
     /// Prolongs to level `to`.
-    pub fn ascend(&mut self, to: usize) -> Result<()> {
-        self.hierarchy.ascend(to)
+    pub fn ascend(&mut self, side: Side, to: usize) -> Result<()> {
+        match side {
+            Side::Main => self.hierarchy.ascend(to),
+            Side::Coarse => self.hierarchy.ascend_beside(to),
+        }
+    }
+
+    /// Corrects the fine level by what was trained beside it: θ ← θ_F + α P (θ_C − R θ⁰), and the ends alike, with the first of
+    /// α = `alpha`, `alpha` / 2, `alpha` / 4 that lowers the loss on the global batch from sequence `first` on; none if no
+    /// one does, or if `alpha` is 0. Every rank holds both sides. Collective.
+    pub fn correct(&mut self, comm: &mut dyn Communicator, alpha: f64, first: u64) -> Result<Correction> {
+        const TRIES: i32 = 3;
+        let mut correction = Correction::default();
+        if alpha > 0.0 {
+            let change = self.hierarchy.change_of_ends()?;
+            correction.loss = self.held_out_loss(comm, None, first)?;
+            for alpha in (0..TRIES).map(|halvings| alpha / 2f64.powi(halvings)) {
+                let loss = self.held_out_loss(comm, Some((&change, alpha)), first)?;
+                correction.tried.push((alpha, loss));
+                if loss < correction.loss {
+                    correction.taken = Some((alpha, loss));
+                    break;
+                }
+            }
+        }
+        self.hierarchy.end_beside(correction.taken.is_some())?;
+        Ok(correction)
+    }
+
+    /// Mean loss, in nats a token, of the fine net, or of the net corrected by (change of the ends, α), on the global batch from
+    /// sequence `first` on. Collective.
+    fn held_out_loss(
+        &mut self,
+        comm: &mut dyn Communicator,
+        correction: Option<(&Tensor, f64)>,
+        first: u64,
+    ) -> Result<f64> {
+        let Learner { hierarchy, differentiator, .. } = self;
+        let params = match correction {
+            Some((change, alpha)) => hierarchy.corrected(change, alpha)?,
+            None => hierarchy.params(0, 0),
+        };
+        let sampler = differentiator.sampler().clone();
+        let (sequences, context) = (self.batches[0], self.spec.context);
+        let share = share(sequences, comm.rank(), comm.size());
+        let mut sum = [differentiator.loss(params, &sampler, first + share.start as u64..first + share.end as u64)?];
+        comm.reduce(&mut sum, Reduction::Sum)?;
+        Ok(sum[0] / (sequences * context) as f64)
     }
 
     /// Mean validation loss, in nats a token, of the fine net as it would be if all ascents were done now. Collective.
     pub fn evaluate(&mut self, comm: &mut dyn Communicator) -> Result<f64> {
         let Validation { sampler, sequences } = &self.validation;
         let share = share(*sequences, comm.rank(), comm.size());
+        let share = share.start as u64..share.end as u64;
         let mut sums = [self.differentiator.loss(self.hierarchy.fine()?, sampler, share)?];
         comm.reduce(&mut sums, Reduction::Sum)?;
         Ok(sums[0] / self.validation_tokens() as f64)
@@ -131,7 +209,7 @@ impl Learner {
 
     /// Takes the fine net over from a checkpoint, in place.
     pub fn load_model(&mut self, checkpoint: &Checkpoint) -> Result<()> {
-        let (blocks, ends) = (self.hierarchy.group(0), self.hierarchy.ends());
+        let (blocks, ends) = (self.hierarchy.group(0), self.hierarchy.ends(0));
         checkpoint.read_model(&[("blocks", &blocks.layout, &blocks.theta), ("ends", &ends.layout, &ends.theta)])
     }
 

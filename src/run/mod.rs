@@ -1,11 +1,12 @@
 //! Training: the only place where data, model, levels, optimizer, cycle, ranks and checkpoints meet.
 //!
-//! [`train`] sets a run up and interprets its list of ops; [`Learner`] does the numerical work of an op; [`Progress`] knows
-//! how far the run is; `recorder` writes metrics and the log; `stop` says when to save or stop.
+//! [`train`] sets a run up and goes through its plan, round by round; `execute` carries out this rank's part of a round, with
+//! the groups of ranks of `teams`; [`Learner`] does the numerical work; [`Progress`] knows how far the run is; `recorder` writes metrics and the log; `stop` says when to save or stop.
 
 mod console;
 mod directory;
 mod environment;
+mod execute;
 mod gradient;
 pub mod history;
 mod learner;
@@ -13,12 +14,13 @@ mod progress;
 mod recorder;
 mod resolve;
 mod stop;
+mod teams;
 mod train;
 
 pub use console::Console;
 pub use directory::{Difference, RunDirectory, differences};
 pub use environment::{gemm_peak, use_threads};
-pub use gradient::{Target, micro_batch};
+pub use gradient::{Ends, Target, micro_batch};
 pub use learner::{Learner, StepReport};
 pub use progress::Progress;
 pub use resolve::resolve_vocab;

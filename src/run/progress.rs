@@ -1,10 +1,14 @@
 //! How far a run is: all that a resumed run must know besides tensors.
 
 use crate::config::Config;
-use crate::cycle::{self, Coset, Op, Position};
+use crate::cycle::{self, Coset, Op, Position, Round};
 use crate::error::Result;
-use crate::model::{Flops, Spec, step_flops};
+use crate::model::{Flops, Spec};
 use serde::{Deserialize, Serialize};
+
+/// The first sequence number that coarse levels read beside the fine one: so far on that a run's own never gets there. What
+/// the fine level reads does not depend on what is trained beside it.
+pub const COARSE_SEQUENCES: u64 = 1 << 48;
 
 /// Position and measurements of a run. Saved in every checkpoint.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -17,6 +21,9 @@ pub struct Progress {
     pub step: u64,
     /// Sequences consumed by training: the sampler's cursor.
     pub sequences: u64,
+    /// Sequences consumed by coarse levels beside the fine one, which count from [`COARSE_SEQUENCES`] on.
+    #[serde(default)]
+    pub coarse_sequences: u64,
     /// Wall-clock spent training, over all processes of this run, in seconds.
     pub elapsed_s: f64,
     /// How often the fine level has been left.
@@ -39,10 +46,10 @@ pub struct Stay {
 }
 
 impl Stay {
-    /// Adds one step; true if it completed a window of `length` steps.
-    pub fn add(&mut self, loss: f64, length: u64) -> bool {
-        self.sum += loss;
-        self.steps += 1;
+    /// Adds `steps` steps of mean loss `loss`; true if they completed a window of `length` steps.
+    pub fn add(&mut self, loss: f64, steps: u64, length: u64) -> bool {
+        self.sum += loss * steps as f64;
+        self.steps += steps;
         let complete = self.steps >= length;
         if complete {
             self.losses.push(self.sum / self.steps as f64);
@@ -59,6 +66,7 @@ impl Progress {
             position: Position::default(),
             step: 0,
             sequences: 0,
+            coarse_sequences: 0,
             elapsed_s: 0.0,
             descents: 0,
             since_switch: None,
@@ -67,7 +75,7 @@ impl Progress {
     }
 
     /// The op to do next; `None` at the end.
-    pub fn op(&self) -> Option<Op> {
+    pub fn op(&self) -> Option<&Op> {
         self.position.op(&self.plan)
     }
 
@@ -78,32 +86,28 @@ impl Progress {
 
     /// FLOPs of all steps done.
     pub fn flops(&self, config: &Config, spec: &Spec) -> Flops {
-        let done = |(i, op): (usize, &Op)| match *op {
-            Op::Smooth { level, steps, .. } if i < self.position.op => Some((level, steps)),
-            Op::Smooth { level, .. } if i == self.position.op => Some((level, self.position.step_in_op)),
-            _ => None,
-        };
-        let mut sum = Flops::default();
-        for (level, steps) in self.plan.iter().enumerate().filter_map(done) {
-            sum += step_flops(spec, config.rows(level), cycle::tokens_per_step(config, level)) * steps;
-        }
-        sum
+        let whole = self.plan.iter().take(self.position.op).map(|op| cycle::flops(config, spec, op));
+        let current = self.op().map_or(Vec::new(), |op| cycle::done(op, self.position.step_in_op));
+        whole.chain(current.iter().map(|op| cycle::flops(config, spec, op))).sum()
     }
 
-    /// One optimizer step over a global batch of `sequences` is done.
-    pub fn count_step(&mut self, sequences: u64) {
-        self.step += 1;
-        self.sequences += sequences;
-        self.since_switch = self.since_switch.map(|steps| steps + 1);
-        self.position.advance(&self.plan);
+    /// A round of the op at the position is done; it has read `sequences` on the level that the run is on, and beside it.
+    pub fn count_round(&mut self, round: &Round, sequences: [u64; 2]) {
+        let starts_beside = !round.coarse.is_empty() && self.position.step_in_op == 0;
+        self.descents += u64::from(starts_beside);
+        self.step += round.steps();
+        self.sequences += sequences[0];
+        self.coarse_sequences += sequences[1];
+        self.since_switch = self.since_switch.map(|steps| steps + round.main.steps());
+        self.position.advance(&self.plan, round.advance);
     }
 
-    /// The switch at the position, to level `to`, is done.
-    pub fn count_switch(&mut self, op: Op) {
-        self.descents += u64::from(op == Op::Descend { to: 1 });
+    /// The switch at the position is done.
+    pub fn count_switch(&mut self, op: &Op) {
+        self.descents += u64::from(*op == Op::Descend { to: 1 });
         self.since_switch = Some(0);
         self.stay = Stay::default();
-        self.position.advance(&self.plan);
+        self.position.advance(&self.plan, 1);
     }
 
     /// Leaves the smooth that the last step was part of, if it has steps left.
@@ -122,6 +126,7 @@ impl Progress {
 pub fn coset_at(coset: Coset, cosets: usize, seed: u64, step: u64) -> usize {
     match coset {
         Coset::Index(k) => k,
+        Coset::All => unreachable!("localised to the coset of each group"),
         Coset::Random => {
             use rand::{Rng, SeedableRng};
             let mut stream = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
@@ -148,7 +153,7 @@ mod tests {
     fn a_stay_has_the_mean_of_each_window() {
         let mut stay = Stay::default();
         let losses = [4.0, 3.0, 3.0, 2.0, 9.0];
-        let completed: Vec<bool> = losses.iter().map(|&loss| stay.add(loss, 2)).collect();
+        let completed: Vec<bool> = losses.iter().map(|&loss| stay.add(loss, 1, 2)).collect();
         assert_eq!((completed, stay.losses), (vec![false, true, false, true, false], vec![3.5, 2.5]));
     }
 }

@@ -3,6 +3,7 @@
 use super::console::Console;
 use super::directory::RunDirectory;
 use super::history::{Log, Metrics};
+use super::stop::passes_multiple;
 use crate::config::Config;
 use crate::error::{Context, Result};
 use std::fs::OpenOptions;
@@ -30,9 +31,9 @@ impl Recorder {
         })
     }
 
-    /// True if `step` has a line in the metrics even without an evaluation.
-    pub fn is_due(&self, step: u64) -> bool {
-        step == self.steps || step == 1 || (self.log_every > 0 && step.is_multiple_of(self.log_every))
+    /// True if the steps after `before`, up to `step`, have a line in the metrics even without an evaluation.
+    pub fn is_due(&self, before: u64, step: u64) -> bool {
+        step == self.steps || before == 0 || passes_multiple(before, step, self.log_every)
     }
 
     /// Writes one line of metrics, and one of log.

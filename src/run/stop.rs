@@ -54,18 +54,22 @@ impl Schedule {
         })
     }
 
-    /// This rank's wishes after `step` steps.
-    pub fn wishes(&self, step: u64) -> Wishes {
+    /// This rank's wishes when the run has come from `before` to `step` steps.
+    pub fn wishes(&self, before: u64, step: u64) -> Wishes {
         let passed = |since: Instant, limit: Option<Duration>| {
             self.keeps_time && limit.is_some_and(|limit| since.elapsed() >= limit)
         };
         let stop = self.signalled.load(Ordering::Relaxed) || passed(self.started, self.stop_after);
-        let save = passed(self.last_save, self.save_every)
-            || (self.save_every_steps > 0 && step.is_multiple_of(self.save_every_steps));
+        let save = passed(self.last_save, self.save_every) || passes_multiple(before, step, self.save_every_steps);
         Wishes { stop: stop.into(), save: save.into() }
     }
 
     pub fn saved(&mut self) {
         self.last_save = Instant::now();
     }
+}
+
+/// Whether one of the steps after `before`, up to `step`, is a multiple of `every`; never if that is 0.
+pub fn passes_multiple(before: u64, step: u64, every: u64) -> bool {
+    every > 0 && step / every > before / every
 }

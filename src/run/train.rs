@@ -3,21 +3,20 @@
 use super::console::Console;
 use super::directory::RunDirectory;
 use super::environment;
-use super::gradient::Target;
+use super::execute::{Executor, Now, RoundReport};
 use super::history::Metrics;
 use super::learner::{Learner, StepReport};
 use super::progress::{Progress, coset_at};
 use super::recorder::Recorder;
 use super::resolve::resolve_vocab;
-use super::stop::{Schedule, Wishes};
+use super::stop::{Schedule, passes_multiple};
 use crate::checkpoint::{self, Check, Checkpoint, Part, State, Visitor, Writer};
 use crate::comm::{Communicator, agree};
 use crate::config::Config;
-use crate::cycle::{self, Coset, Op};
+use crate::cycle::{self, Coset, Op, Places, Round};
 use crate::error::{Context, Outcome, Result, anyhow};
 use crate::levels::Snapshot;
-use crate::model::{Flops, step_flops};
-use crate::optim;
+use crate::model::{Flops, Spec};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -45,7 +44,7 @@ pub fn train(config: Config, options: &Options, comm: &mut dyn Communicator, con
 /// A run in progress on one rank.
 struct Trainer {
     config: Config,
-    learner: Learner,
+    executor: Executor,
     progress: Progress,
     schedule: Schedule,
     writer: Writer,
@@ -64,13 +63,29 @@ struct Root {
     peak_flops: f64,
 }
 
+/// A net that steps were done on.
+#[derive(Clone, Copy)]
+struct Trained {
+    level: usize,
+    /// `None` where the level has but one, or all are trained.
+    coset: Option<usize>,
+}
+
+/// The nets of a round: on the level that the run is on, and beside it.
+#[derive(Clone, Copy)]
+struct Work {
+    main: Trained,
+    coarse: Option<Trained>,
+}
+
 /// Wall-clock of the run, and of the stretch since the last metrics line.
 struct Clock {
     start: Instant,
     /// Seconds that the run had taken before this process.
     before: f64,
     line: Instant,
-    line_step: u64,
+    line_tokens: u64,
+    line_flops: u128,
 }
 
 impl Trainer {
@@ -85,14 +100,16 @@ impl Trainer {
         let is_root = comm.rank() == 0;
         let directory = RunDirectory::new(&options.run_dir);
         agree(comm, if is_root { directory.prepare(&config, options.resume) } else { Ok(()) })?;
-        let learner = Learner::new(&config, comm);
-        let mut learner = agree(comm, learner)?;
         let mut progress = Progress::new(cycle::plan(&config));
+        let places = Places::new(&config, &Spec::new(&config), comm.size())?;
+        let learner = Learner::new(&config, places.smallest_group(&progress.plan), comm.size());
+        let mut learner = agree(comm, learner)?;
         let resumed = newest_checkpoint(&options.run_dir, options.resume, comm)?;
         if let Some(checkpoint) = &resumed {
             let restored = restore(checkpoint, &config, &mut learner, &mut progress);
             agree(comm, restored)?;
         }
+        let executor = Executor::new(comm, learner, places, &progress.plan)?;
         let peak_flops = environment::gemm_peak(comm)?;
         let root = if is_root {
             directory.add_provenance(environment::provenance(&*comm, options.threads, peak_flops, &config.data.dir))?;
@@ -101,26 +118,27 @@ impl Trainer {
         } else {
             None
         };
-        let (now, step) = (Instant::now(), progress.step);
-        let trainer = Trainer {
+        let (now, flops) = (Instant::now(), progress.flops(&config, executor.learner.spec()));
+        let mut trainer = Trainer {
             schedule: Schedule::new(&config, comm.rank())?,
-            flops: progress.flops(&config, learner.spec()),
-            clock: Clock { start: now, before: progress.elapsed_s, line: now, line_step: step },
-            saved_step: resumed.map(|_| step),
+            flops,
+            clock: Clock { start: now, before: progress.elapsed_s, line: now, line_tokens: 0, line_flops: flops.total },
+            saved_step: resumed.map(|_| progress.step),
             writer: agree(comm, Writer::new(&options.run_dir, &config, is_root))?,
             config,
-            learner,
+            executor,
             progress,
             root,
         };
+        trainer.clock.line_tokens = trainer.tokens();
         trainer.announce(comm, options);
         Ok(trainer)
     }
 
     fn announce(&self, comm: &dyn Communicator, options: &Options) {
-        let Trainer { config, learner, progress, .. } = self;
+        let Trainer { config, executor: Executor { learner, .. }, progress, .. } = self;
         let (spec, hierarchy) = (learner.spec(), &learner.hierarchy);
-        let parameters = hierarchy.group(0).theta.elem_count() + hierarchy.ends().theta.elem_count();
+        let parameters = hierarchy.group(0).theta.elem_count() + hierarchy.ends(0).theta.elem_count();
         let levels: Vec<String> = (0..config.levels.count).map(|l| config.rows(l).to_string()).collect();
         tracing::info!(
             "run {}: {:.2} M parameters, {} blocks, width {}, {} ranks x {} threads",
@@ -146,135 +164,160 @@ impl Trainer {
         }
     }
 
-    /// Does the ops of the plan from the current position on.
+    /// Does the ops of the plan from the current position on, round by round.
     fn interpret(&mut self, comm: &mut dyn Communicator) -> Result<Outcome> {
-        while let Some(op) = self.progress.op() {
-            match op {
-                Op::Smooth { level, coset, .. } => {
-                    if self.smooth(comm, level, coset)? == Outcome::Interrupted {
-                        return Ok(Outcome::Interrupted);
-                    }
+        while let Some(op) = self.progress.op().cloned() {
+            let round = self.executor.places().round(&op, self.progress.position.step_in_op);
+            if round.steps() > 0 {
+                if self.steps(comm, &round)? == Outcome::Interrupted {
+                    return Ok(Outcome::Interrupted);
                 }
-                Op::Descend { to } => {
-                    self.learner.descend(comm, to, self.progress.sequences)?;
-                    self.progress.count_switch(op);
-                }
-                Op::Ascend { to } => {
-                    self.learner.ascend(to)?;
-                    self.progress.count_switch(op);
-                }
+            } else {
+                let Trainer { config, executor, progress, .. } = self;
+                executor.execute(comm, &Now { config, progress, round: &round, wishes: [0.0; 2] })?;
+                progress.count_switch(&op);
             }
         }
         Ok(Outcome::Done)
     }
 
-    /// One step of a smooth, and what is due after it.
-    fn smooth(&mut self, comm: &mut dyn Communicator, level: usize, coset: Coset) -> Result<Outcome> {
-        let step = self.progress.step + 1;
-        let coset = coset_at(coset, self.learner.hierarchy.cosets(level), self.config.run.seed, step);
-        let lr = self.learning_rate(level);
-        let wishes = self.schedule.wishes(step);
-        let mut wishes = [wishes.stop, wishes.save];
-        let (target, first) = (Target { level, coset }, self.progress.sequences);
-        let report = self.learner.step(comm, target, first, lr, &mut wishes)?;
-        let wishes = Wishes { stop: wishes[0], save: wishes[1] };
+    /// The optimizer steps of a round, and what is due after them.
+    fn steps(&mut self, comm: &mut dyn Communicator, round: &Round) -> Result<Outcome> {
+        let before = self.progress.step;
+        let wishes = self.schedule.wishes(before, before + round.steps());
+        let work = self.work(round);
+        let Trainer { config, executor, progress, .. } = self;
+        let now = Now { config, progress, round, wishes: [wishes.stop, wishes.save] };
+        let report = executor.execute(comm, &now)?;
         if !report.is_finite() {
-            return agree(comm, Err(self.diverged(step, report)));
+            return agree(comm, Err(self.diverged(round, &report)));
         }
-        self.progress.count_step(self.config.batch(level) as u64);
-        let tokens = cycle::tokens_per_step(&self.config, level);
-        self.flops += step_flops(self.learner.spec(), self.config.rows(level), tokens);
-        self.record(comm, target, lr, report)?;
-        self.leave_if_spent(level, report.loss);
-        if wishes.save > 0.0 || wishes.stop > 0.0 {
-            self.save()?;
+        let sequences = self.executor.places().sequences(round);
+        self.progress.count_round(round, sequences);
+        let spec = self.executor.learner.spec();
+        let ops = std::iter::once(&round.main).chain(&round.coarse);
+        self.flops += ops.map(|op| cycle::flops(&self.config, spec, op)).sum();
+        self.log_groups(&report);
+        self.record(comm, before, work, &report)?;
+        self.leave_if_spent(work.main.level, report.main.loss, round.main.steps());
+        let [stop, save] = report.wishes;
+        if save > 0.0 || stop > 0.0 {
+            self.save(comm)?;
         }
         let is_last = self.progress.step == self.config.run.steps;
-        Ok(if wishes.stop > 0.0 && !is_last { Outcome::Interrupted } else { Outcome::Done })
+        Ok(if stop > 0.0 && !is_last { Outcome::Interrupted } else { Outcome::Done })
     }
 
-    fn learning_rate(&self, level: usize) -> f64 {
-        let Config { run, schedule, optimizer, .. } = &self.config;
-        let Progress { step, since_switch, .. } = self.progress;
-        optim::learning_rate(schedule, optimizer.lr, step, run.steps, level, since_switch)
+    /// What a line of metrics says of the nets that `round` is about to train.
+    fn work(&self, round: &Round) -> Work {
+        let (hierarchy, seed) = (&self.executor.learner.hierarchy, self.config.run.seed);
+        let net = |op: &Op| match *op {
+            Op::Smooth { level, coset, .. } => {
+                let cosets = hierarchy.cosets(level);
+                let one = cosets > 1 && coset != Coset::All;
+                Some(Trained { level, coset: one.then(|| coset_at(coset, cosets, seed, self.progress.step + 1)) })
+            }
+            _ => None,
+        };
+        let main = net(&round.main).expect("a round of steps smooths");
+        Work { main, coarse: round.coarse.iter().filter_map(net).next_back() }
     }
 
-    fn diverged(&self, step: u64, report: StepReport) -> crate::error::Error {
+    fn diverged(&self, round: &Round, report: &RoundReport) -> crate::error::Error {
+        let step = self.progress.step + round.steps();
+        let unchanged = if round.steps() == 1 { "no parameter was changed by that step and " } else { "" };
+        let StepReport { loss, grad_norm, .. } = match report.coarse {
+            Some(coarse) if report.main.is_finite() => coarse,
+            _ => report.main,
+        };
         let last = match self.saved_step {
             Some(saved) => format!("the last checkpoint is of step {saved}"),
             None => "no checkpoint had been written".to_owned(),
         };
         anyhow!(
-            "{DIVERGED} {step}: loss {}, gradient norm {}; no parameter was changed by that step and {last}. Lower optimizer.lr (now {}), set optimizer.clip or warm up longer",
-            report.loss,
-            report.grad_norm,
+            "{DIVERGED} {step}: loss {loss}, gradient norm {grad_norm}; {unchanged}{last}. Lower optimizer.lr (now {}), set optimizer.clip or warm up longer",
             self.config.optimizer.lr
         )
     }
 
-    /// Evaluates and writes the step's metrics, where due.
-    fn record(&mut self, comm: &mut dyn Communicator, target: Target, lr: f64, report: StepReport) -> Result<()> {
+    /// What came of working in groups, once an op that was done in groups is over.
+    fn log_groups(&self, report: &RoundReport) {
         let step = self.progress.step;
-        let val_loss = if self.is_evaluated(step) { Some(self.learner.evaluate(comm)?) } else { None };
+        if let Some(waits) = &report.waits {
+            tracing::info!("step {step}: {waits}");
+        }
+        if let Some(correction) = &report.correction {
+            tracing::info!("step {step}: {correction}");
+        }
+    }
+
+    /// Evaluates and writes the round's metrics, where due.
+    fn record(&mut self, comm: &mut dyn Communicator, before: u64, work: Work, report: &RoundReport) -> Result<()> {
+        let step = self.progress.step;
+        let evaluated = step == self.config.run.steps || passes_multiple(before, step, self.config.log.eval_every);
+        let val_loss = if evaluated { self.executor.evaluate(comm)? } else { None };
         self.progress.elapsed_s = self.clock.before + self.clock.start.elapsed().as_secs_f64();
         let Some(root) = &self.root else { return Ok(()) };
-        root.recorder.advance(step, report.loss);
-        if val_loss.is_none() && !root.recorder.is_due(step) {
+        root.recorder.advance(step, report.main.loss);
+        if val_loss.is_none() && !root.recorder.is_due(before, step) {
             return Ok(());
         }
-        let metrics = self.metrics(target, lr, report, val_loss, root.peak_flops);
-        (self.clock.line, self.clock.line_step) = (Instant::now(), step);
-        self.root.as_mut().map_or(Ok(()), |root| root.recorder.record(&metrics))
+        let main = self.metrics("smooth", work.main, report.main, root.peak_flops);
+        let coarse = work.coarse.zip(report.coarse);
+        let coarse = coarse.map(|(net, step)| self.metrics("beside", net, step, root.peak_flops));
+        (self.clock.line, self.clock.line_tokens, self.clock.line_flops) =
+            (Instant::now(), self.tokens(), self.flops.total);
+        let Some(root) = &mut self.root else { return Ok(()) };
+        let lines = coarse.into_iter().chain([Metrics { val_loss, ..main }]);
+        lines.into_iter().try_for_each(|line| root.recorder.record(&line))
     }
 
-    fn is_evaluated(&self, step: u64) -> bool {
-        let every = self.config.log.eval_every;
-        step == self.config.run.steps || (every > 0 && step.is_multiple_of(every))
+    /// Tokens trained on.
+    fn tokens(&self) -> u64 {
+        (self.progress.sequences + self.progress.coarse_sequences) * self.config.data.context as u64
     }
 
-    fn metrics(&self, target: Target, lr: f64, report: StepReport, val_loss: Option<f64>, peak_flops: f64) -> Metrics {
-        let (config, progress) = (&self.config, &self.progress);
-        let tokens_per_step = cycle::tokens_per_step(config, target.level);
-        let rows = config.rows(target.level);
-        let steps_per_s = (progress.step - self.clock.line_step) as f64 / self.clock.line.elapsed().as_secs_f64();
-        let flops_per_s = step_flops(self.learner.spec(), rows, tokens_per_step).total as f64 * steps_per_s;
+    fn metrics(&self, op: &str, net: Trained, report: StepReport, peak_flops: f64) -> Metrics {
+        let (progress, clock) = (&self.progress, &self.clock);
+        let seconds = clock.line.elapsed().as_secs_f64();
         Metrics {
             step: progress.step,
             cycle: progress.cycle(),
-            op: "smooth".to_owned(),
-            level: target.level,
-            coset: (self.learner.hierarchy.cosets(target.level) > 1).then_some(target.coset),
-            rows,
+            op: op.to_owned(),
+            level: net.level,
+            coset: net.coset,
+            rows: self.config.rows(net.level),
             loss: report.loss,
-            val_loss,
-            lr,
+            val_loss: None,
+            lr: report.lr,
             grad_norm: report.grad_norm,
-            tokens: progress.sequences * config.data.context as u64,
+            tokens: self.tokens(),
             flops_total: self.flops.total,
             flops_blocks: self.flops.blocks,
             elapsed_s: progress.elapsed_s,
-            tokens_per_s: steps_per_s * tokens_per_step as f64,
-            mfu: Some(flops_per_s / peak_flops),
+            tokens_per_s: (self.tokens() - clock.line_tokens) as f64 / seconds,
+            mfu: Some((self.flops.total - clock.line_flops) as f64 / seconds / peak_flops),
         }
     }
 
     /// A measuring cycle may leave a coarse level before its steps are done.
-    fn leave_if_spent(&mut self, level: usize, loss: f64) {
-        let completed = self.progress.stay.add(loss, self.config.cycle.window);
+    fn leave_if_spent(&mut self, level: usize, loss: f64, steps: u64) {
+        let completed = self.progress.stay.add(loss, steps, self.config.cycle.window);
         let cycle = cycle::cycle(self.config.cycle.kind);
         if completed && level > 0 && cycle.leave(&self.config, &self.progress.stay.losses) {
             self.progress.leave();
         }
     }
 
-    /// Writes a checkpoint of the step just done, unless there is one.
-    fn save(&mut self) -> Result<()> {
+    /// Writes a checkpoint of the step just done, unless there is one. Collective.
+    fn save(&mut self, comm: &mut dyn Communicator) -> Result<()> {
         let step = self.progress.step;
         if self.saved_step == Some(step) {
             return Ok(());
         }
-        let Trainer { learner, progress, writer, .. } = self;
-        writer.save(step, &mut RunState { learner, progress })?;
+        self.executor.gather(comm)?;
+        let Trainer { executor, progress, writer, .. } = self;
+        writer.save(step, &mut RunState { learner: &mut executor.learner, progress })?;
         self.schedule.saved();
         self.saved_step = Some(step);
         Ok(())
@@ -282,7 +325,7 @@ impl Trainer {
 
     /// The last checkpoint, and the end of the background work.
     fn finish(mut self, comm: &mut dyn Communicator, outcome: Outcome) -> Result<()> {
-        self.save()?;
+        self.save(comm)?;
         agree(comm, self.writer.finish())?;
         if let Some(root) = &self.root {
             root.recorder.finish();

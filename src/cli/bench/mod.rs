@@ -76,16 +76,15 @@ struct Subject {
 impl Subject {
     /// What [`configure`] has prepared.
     fn new((config, folder): (Config, TempDir)) -> Result<Subject> {
-        let comm = Solo::default();
-        let learner = Learner::new(&config, &comm)?;
-        Ok(Subject { config, learner, comm, steps: 0, _folder: folder })
+        let learner = Learner::new(&config, 1, 1)?;
+        Ok(Subject { config, learner, comm: Solo::default(), steps: 0, _folder: folder })
     }
 
     /// Seconds of one optimizer step of `target`.
     fn step(&mut self, target: Target) -> Result<f64> {
         let start = Instant::now();
         let (first, lr) = (self.steps * self.config.data.batch as u64, self.config.optimizer.lr);
-        self.learner.step(&mut self.comm, target, first, lr, &mut [0.0; 2])?;
+        self.learner.step(&mut self.comm, target, first, lr)?;
         self.steps += 1;
         Ok(start.elapsed().as_secs_f64())
     }

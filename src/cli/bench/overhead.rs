@@ -3,7 +3,7 @@
 use super::{Common, FINE, Subject, configure, median};
 use crate::cli::text::{percent, table};
 use crate::config::Config;
-use crate::cycle::tokens_per_step;
+use crate::cycle::{Side, tokens_per_step};
 use crate::error::{Outcome, Result};
 use crate::run::history::{Log, Metrics};
 use crate::run::{self, Target};
@@ -73,9 +73,9 @@ fn visit(subject: &mut Subject, log: &mut Log, seconds: &mut Seconds) -> Result<
     seconds.metrics.push(timed(|| log.append(&metrics))?);
     seconds.evaluation.push(timed(|| subject.learner.evaluate(&mut subject.comm).map(drop))?);
     let first = subject.steps * subject.config.data.batch as u64;
-    seconds.descent.push(timed(|| subject.learner.descend(&mut subject.comm, COARSE.level, first))?);
+    seconds.descent.push(timed(|| subject.learner.descend(&mut subject.comm, Side::Main, COARSE.level, first))?);
     seconds.coarse_step.push(subject.step(COARSE)?);
-    seconds.ascent.push(timed(|| subject.learner.ascend(FINE.level))?);
+    seconds.ascent.push(timed(|| subject.learner.ascend(Side::Main, FINE.level))?);
     Ok(())
 }
 

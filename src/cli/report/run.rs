@@ -14,6 +14,7 @@ pub struct Run {
     /// As given on the command line.
     pub name: String,
     pub dir: PathBuf,
+    /// Lines of the level that the run was on; a coarse level beside it has lines of its own, which are left out.
     pub history: Vec<Metrics>,
     /// Empty where the run has no `config.toml`.
     pub config: Settings,
@@ -33,7 +34,7 @@ impl Run {
         Ok(Run {
             name: dir.display().to_string(),
             dir: dir.to_owned(),
-            history: history::read(&metrics)?,
+            history: own_lines(history::read(&metrics)?),
             config: settings(&dir.join("config.toml"), |text| {
                 Ok(serde_json::to_value(toml::from_str::<toml::Table>(text)?)?)
             })?,
@@ -50,6 +51,10 @@ impl Run {
     pub fn phases(&self) -> impl Iterator<Item = &[Metrics]> {
         self.history.chunk_by(|a, b| (a.level, a.coset) == (b.level, b.coset))
     }
+}
+
+fn own_lines(lines: Vec<Metrics>) -> Vec<Metrics> {
+    lines.into_iter().filter(|line| line.op != "beside").collect()
 }
 
 /// `provenance.json` has an entry for each process start: the last one.
@@ -250,6 +255,13 @@ pub mod tests {
 
     pub fn baseline() -> Run {
         run("base", (1..=3).map(|i| metrics(100 * i, 0, 4, Some(3.0 - 0.5 * i as f64))).collect(), CONFIG)
+    }
+
+    #[test]
+    fn lines_of_a_level_beside_are_left_out() {
+        let beside = |step| Metrics { op: "beside".to_owned(), ..metrics(step, 1, 1, None) };
+        let history = own_lines(vec![metrics(1, 0, 1, None), beside(4), metrics(4, 0, 1, None)]);
+        assert_eq!(run("run", history, CONFIG).phases().count(), 1);
     }
 
     #[test]
