@@ -6,7 +6,7 @@
 use candle_core::{Device, Tensor};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
-use vcycle::comm::{Buckets, Communicator, Reduction, Solo, World, agree, thread};
+use vcycle::comm::{Buckets, Communicator, Reduction, Solo, World, agree, thread, told_to_end};
 use vcycle::error::{Outcome, Result, anyhow, bail};
 
 const SCENARIO: &str = "VCYCLE_TEST_SCENARIO";
@@ -215,6 +215,7 @@ fn scenario(name: &str, world: &mut World) -> Result<Outcome> {
         }
         "stop rank 1" | "kill rank 1" => {
             let signal = if name.starts_with("stop") { libc::SIGSTOP } else { libc::SIGKILL };
+            signal_hook::flag::register(libc::SIGTERM, told_to_end().clone())?;
             let mut all = world.communicator().split(Some(0))?.expect("all ranks join");
             all.set_timeout(TIMEOUT);
             for step in 0.. {
@@ -373,7 +374,11 @@ mod processes {
 
     #[test]
     fn a_rank_in_another_collective_is_named() {
-        fails(3, "rank 1 elsewhere", "error: rank 0 waited 2 s in the collective `Sum of 1 numbers`: all ranks answer, but rank 1 is in `barrier`");
+        fails(
+            3,
+            "rank 1 elsewhere",
+            "error: rank 0 waited 2 s in the collective `Sum of 1 numbers`: all ranks answer, but rank 1 is in `barrier`",
+        );
     }
 
     #[test]

@@ -25,6 +25,8 @@ pub use solo::Solo;
 pub use world::{World, agree};
 
 use crate::error::Result;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 /// Handle of a reduction that was started and not yet waited for.
@@ -80,10 +82,19 @@ fn timed_out(rank: usize, op: &dyn std::fmt::Display, timeout: Duration, why: &s
     )
 }
 
+/// To be set by SIGTERM in a program that does not end at once by it: a rank that then waits for one that does not answer
+/// says so before it is killed. For a launcher that has lost a rank sends it to the others.
+pub fn told_to_end() -> &'static Arc<AtomicBool> {
+    static TOLD: OnceLock<Arc<AtomicBool>> = OnceLock::new();
+    TOLD.get_or_init(Arc::default)
+}
+
 /// The MPI library and its version; `None` without MPI.
 pub fn library() -> Option<String> {
     #[cfg(feature = "mpi")]
-    return ::mpi::environment::library_version().ok().map(|version| version.trim_matches(['\0', '\n', ' ']).to_owned());
+    return ::mpi::environment::library_version()
+        .ok()
+        .map(|version| version.trim_matches(['\0', '\n', ' ']).to_owned());
     #[cfg(not(feature = "mpi"))]
     None
 }

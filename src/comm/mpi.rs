@@ -8,7 +8,7 @@
 
 use super::pool::Pool;
 use super::roll_call::RollCall;
-use super::{Communicator, DEFAULT_TIMEOUT, Reduction, Ticket, timed_out};
+use super::{Communicator, DEFAULT_TIMEOUT, Reduction, Ticket, timed_out, told_to_end};
 use crate::error::{Context, Result, anyhow, bail, ensure};
 use mpi::ffi;
 use std::cell::Cell;
@@ -16,8 +16,7 @@ use std::ffi::c_int;
 use std::fmt::Display;
 use std::mem::ManuallyDrop;
 use std::rc::Rc;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// Elements of one MPI call; longer buffers take several. Far under the limit of a C int (2³¹ − 1), so that ordinary
@@ -41,8 +40,6 @@ pub struct Session {
     /// What this rank has waited in collectives, over all groups.
     waited: Cell<Duration>,
     roll: RollCall,
-    /// SIGTERM has come, and nothing has been said about it.
-    told_to_end: Arc<AtomicBool>,
 }
 
 impl Session {
@@ -56,15 +53,11 @@ impl Session {
             "MPI offers thread level {provided:?}, vcycle computes with threads and needs Funneled ({}): use an MPI built with thread support",
             library_version().unwrap_or_default().trim()
         );
-        let told_to_end = Arc::default();
-        signal_hook::flag::register(signal_hook::consts::SIGTERM, Arc::clone(&told_to_end))
-            .context("cannot register a handler of SIGTERM")?;
         Ok(Rc::new(Session {
             universe: ManuallyDrop::new(universe),
             unfinished: Cell::new(false),
             waited: Cell::default(),
             roll: RollCall::new()?,
-            told_to_end,
         }))
     }
 }
@@ -299,9 +292,9 @@ struct LastWords {
 
 impl LastWords {
     fn poll(&mut self, group: &Mpi, op: &dyn Display) {
-        let Session { roll, told_to_end, .. } = &*group.session;
+        let roll = &group.session.roll;
         match self.called {
-            None if told_to_end.swap(false, Ordering::Relaxed) => {
+            None if told_to_end().swap(false, Ordering::Relaxed) => {
                 self.called = Some(Instant::now());
                 roll.call(&op.to_string());
             }

@@ -106,9 +106,8 @@ impl RollCall {
     /// Ranks of `ranks` that have not been heard since `called`.
     pub fn silent(&self, ranks: &[usize], called: Instant) -> Vec<usize> {
         let heard = self.heard.borrow();
-        let is_silent = |&rank: &usize| {
-            rank != self.rank && heard[rank].as_ref().is_none_or(|(when, _)| *when < called)
-        };
+        let is_silent =
+            |&rank: &usize| rank != self.rank && heard[rank].as_ref().is_none_or(|(when, _)| *when < called);
         ranks.iter().copied().filter(is_silent).collect()
     }
 

@@ -284,7 +284,9 @@ impl Communicator for Thread {
 
     fn split(&mut self, color: Option<usize>) -> Result<Option<Box<dyn Communicator>>> {
         match self.collective(Op::Split, Data::Color(color))? {
-            Data::Member { group, rank } => Ok(Some(Box::new(Thread::new(group, rank, self.timeout, self.waited.clone())))),
+            Data::Member { group, rank } => {
+                Ok(Some(Box::new(Thread::new(group, rank, self.timeout, self.waited.clone()))))
+            }
             _ => Ok(None),
         }
     }

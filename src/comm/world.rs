@@ -140,7 +140,7 @@ impl World {
 
 /// How long a rank leaves it to lower ones to end the job. They may be the ones that are gone.
 fn turn(rank: usize) -> Duration {
-    GRACE * rank.min(3) as u32 / 2
+    GRACE * rank.min(3) as u32
 }
 
 /// All ranks learn whether `result` is an error on any: it then is one on all, the lowest failing rank's, which is named
@@ -163,7 +163,8 @@ pub fn agree<T>(comm: &mut dyn Communicator, result: Result<T>) -> Result<T> {
 }
 
 fn named(rank: usize, error: &Error) -> String {
-    if rank == 0 { format!("{error:#}") } else { format!("rank {rank}: {error:#}") }
+    let text = format!("{error:#}");
+    if rank == 0 || text.starts_with("rank ") { text } else { format!("rank {rank}: {text}") }
 }
 
 fn print(rank: usize, error: &Error) {

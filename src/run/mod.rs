@@ -3,6 +3,7 @@
 //! [`train`] sets a run up and interprets its list of ops; [`Learner`] does the numerical work of an op; [`Progress`] knows
 //! how far the run is; `recorder` writes metrics and the log; `stop` says when to save or stop.
 
+mod balance;
 mod console;
 mod directory;
 mod environment;
@@ -15,6 +16,7 @@ mod resolve;
 mod stop;
 mod train;
 
+pub use balance::Balance;
 pub use console::Console;
 pub use directory::{Difference, RunDirectory, differences};
 pub use environment::{gemm_peak, use_threads};

@@ -1,5 +1,6 @@
 //! `train`: sets a run up, interprets its ops, saves and stops.
 
+use super::balance::Balance;
 use super::console::Console;
 use super::directory::RunDirectory;
 use super::environment;
@@ -71,6 +72,8 @@ struct Clock {
     before: f64,
     line: Instant,
     line_step: u64,
+    /// What this rank had waited in collectives at that line.
+    line_waited: Duration,
 }
 
 impl Trainer {
@@ -94,8 +97,9 @@ impl Trainer {
             agree(comm, restored)?;
         }
         let peak_flops = environment::gemm_peak(comm)?;
+        let hosts = environment::hosts(comm)?;
         let root = if is_root {
-            directory.add_provenance(environment::provenance(&*comm, options.threads, peak_flops, &config.data.dir))?;
+            directory.add_provenance(environment::provenance(hosts, options.threads, peak_flops, &config.data.dir))?;
             let recorder = Recorder::open(&directory, &config, console, progress.step)?;
             Some(Root { recorder, peak_flops })
         } else {
@@ -105,7 +109,13 @@ impl Trainer {
         let trainer = Trainer {
             schedule: Schedule::new(&config, comm.rank())?,
             flops: progress.flops(&config, learner.spec()),
-            clock: Clock { start: now, before: progress.elapsed_s, line: now, line_step: step },
+            clock: Clock {
+                start: now,
+                before: progress.elapsed_s,
+                line: now,
+                line_step: step,
+                line_waited: comm.waited(),
+            },
             saved_step: resumed.map(|_| step),
             writer: agree(comm, Writer::new(&options.run_dir, &config, is_root))?,
             config,
@@ -218,14 +228,27 @@ impl Trainer {
         let step = self.progress.step;
         let val_loss = if self.is_evaluated(step) { Some(self.learner.evaluate(comm)?) } else { None };
         self.progress.elapsed_s = self.clock.before + self.clock.start.elapsed().as_secs_f64();
-        let Some(root) = &self.root else { return Ok(()) };
-        root.recorder.advance(step, report.loss);
-        if val_loss.is_none() && !root.recorder.is_due(step) {
+        if let Some(root) = &self.root {
+            root.recorder.advance(step, report.loss);
+        }
+        if val_loss.is_none() && !self.is_logged(step) {
             return Ok(());
         }
-        let metrics = self.metrics(target, lr, report, val_loss, root.peak_flops);
-        (self.clock.line, self.clock.line_step) = (Instant::now(), step);
-        self.root.as_mut().map_or(Ok(()), |root| root.recorder.record(&metrics))
+        let waited = comm.waited().saturating_sub(self.clock.line_waited);
+        let ranks = Balance::measure(comm, waited, self.clock.line.elapsed())?;
+        if let Some(peak_flops) = self.root.as_ref().map(|root| root.peak_flops) {
+            let metrics = Metrics { ranks, ..self.metrics(target, lr, report, val_loss, peak_flops) };
+            self.root.as_mut().map_or(Ok(()), |root| root.recorder.record(&metrics))?;
+        }
+        let Clock { line, line_step, line_waited, .. } = &mut self.clock;
+        (*line, *line_step, *line_waited) = (Instant::now(), step, comm.waited());
+        Ok(())
+    }
+
+    /// Whether `step` has a line of metrics even without an evaluation: the same on every rank.
+    fn is_logged(&self, step: u64) -> bool {
+        let every = self.config.log.every_steps;
+        step == self.config.run.steps || step == 1 || (every > 0 && step.is_multiple_of(every))
     }
 
     fn is_evaluated(&self, step: u64) -> bool {
@@ -256,6 +279,7 @@ impl Trainer {
             elapsed_s: progress.elapsed_s,
             tokens_per_s: steps_per_s * tokens_per_step as f64,
             mfu: Some(flops_per_s / peak_flops),
+            ranks: None,
         }
     }
 
