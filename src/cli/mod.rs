@@ -6,8 +6,10 @@ mod compare;
 mod data;
 mod doctor;
 mod eval;
+mod machine;
 mod plan;
 mod report;
+mod scaling;
 mod study;
 mod text;
 mod train;
@@ -46,6 +48,7 @@ enum Command {
     /// What runs saved against a baseline, at matched validation loss.
     Compare(compare::Args),
     Study(study::Args),
+    Scaling(scaling::Args),
     /// Measure the speed of this machine at vcycle's work.
     Bench(bench::Args),
     /// List, verify or show checkpoints.
@@ -82,6 +85,7 @@ fn run(command: Command) -> Result<Outcome> {
         Command::Eval(args) => eval::run(args),
         Command::Compare(args) => compare::run(args),
         Command::Study(args) => study::run(args),
+        Command::Scaling(args) => scaling::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Checkpoint(args) => checkpoint::run(args),
         Command::Doctor(args) => doctor::run(args),
@@ -101,7 +105,7 @@ fn finish(result: Result<Outcome>) -> u8 {
 }
 
 /// A config file with overrides, as several commands take it.
-#[derive(Args)]
+#[derive(Args, Debug)]
 struct ConfigArgs {
     /// Config file (TOML); docs/CONFIG.md lists every key.
     config: PathBuf,

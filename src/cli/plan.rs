@@ -1,7 +1,8 @@
 //! `vcycle plan`
 
 use super::ConfigArgs;
-use super::text::{bytes, count, percent, table, tera};
+use super::machine::{Forecast, Machine};
+use super::text::{bytes, count, duration, percent, seconds, table, tera};
 use crate::config::{Config, CycleKind};
 use crate::cycle::{self, Coset, Phase};
 use crate::error::{Context, Outcome, Result, ensure};
@@ -10,6 +11,7 @@ use crate::model::{Flops, Layout, Net, Spec, step_flops};
 use crate::{optim, run};
 use serde::Serialize;
 use std::io::Write;
+use std::path::PathBuf;
 
 /// Levels, parameters, memory and FLOPs of a config, and what its cycle saves over a flat run of as many steps.
 ///
@@ -22,6 +24,9 @@ pub struct Args {
     /// Ranks that share the global batch.
     #[arg(long, default_value_t = 1)]
     ranks: usize,
+    /// Also say what a step on each level will take on these ranks of the machine in this file (docs/SCALING.md).
+    #[arg(long, value_name = "FILE.toml")]
+    machine: Option<PathBuf>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -42,7 +47,12 @@ pub fn run(args: Args) -> Result<Outcome> {
     } else {
         resolved.context("a plan needs data.dir to exist, or model.vocab to be given")?;
     }
-    let plan = Plan::new(&config, args.ranks);
+    let mut plan = Plan::new(&config, args.ranks);
+    if let Some(machine) = &args.machine {
+        let machine = Machine::load(machine)?;
+        plan.forecast = Some(Forecast::new(&config, &machine, args.ranks));
+        plan.machine_memory = Some(machine.memory as u64);
+    }
     let text = if args.json { serde_json::to_string_pretty(&plan)? + "\n" } else { plan.text() };
     std::io::stdout().write_all(text.as_bytes())?;
     Ok(Outcome::Done)
@@ -66,6 +76,11 @@ struct Plan {
     levels: Vec<LevelRow>,
     phases: Vec<PhaseRow>,
     memory: RankMemory,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    forecast: Option<Forecast>,
+    /// Bytes a rank of the forecast's machine.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    machine_memory: Option<u64>,
 }
 
 #[derive(Serialize)]
@@ -140,6 +155,8 @@ impl Plan {
             levels: (0..config.levels.count).map(|level| LevelRow::new(config, &spec, level)).collect(),
             phases: phases.iter().map(|phase| PhaseRow::new(config, phase)).collect(),
             memory: RankMemory::new(config, &spec, ranks),
+            forecast: None,
+            machine_memory: None,
         }
     }
 
@@ -153,10 +170,28 @@ impl Plan {
         };
         format!(
             "{cycle}: {steps} steps of {tokens_per_step} tokens\n\n{}\n{}{longest_stay}\n\
-             memory a rank (ranks: {ranks}, sequences at a time: {micro_batch})\n{}",
+             memory a rank (ranks: {ranks}, sequences at a time: {micro_batch})\n{}{}",
             self.levels_table(),
             self.phases_table(),
             memory.table(),
+            self.forecast_text(),
+        )
+    }
+
+    /// Nothing without a machine.
+    fn forecast_text(&self) -> String {
+        let (Some(forecast), Some(room)) = (&self.forecast, self.machine_memory) else { return String::new() };
+        let Forecast { machine, ranks, nodes, seconds: cycle_s, flat_seconds, .. } = forecast;
+        let fits = if self.memory.total <= room { "" } else { ": it does not fit" };
+        format!(
+            "\npredicted for {ranks} ranks on {nodes} nodes: {machine}\n{}\
+             all steps {}, on the fine level alone {}: {} less time; of {} a rank {} are taken{fits}\n",
+            forecast_table(forecast),
+            duration(*cycle_s),
+            duration(*flat_seconds),
+            percent(1.0 - cycle_s / flat_seconds),
+            bytes(room),
+            bytes(self.memory.total),
         )
     }
 
@@ -193,6 +228,19 @@ impl Plan {
         lines.push(["saving".to_owned(), empty(), empty(), percent(total), percent(blocks)]);
         table(&lines)
     }
+}
+
+/// Seconds of a step on each level.
+fn forecast_table(forecast: &Forecast) -> String {
+    let head = ["level", "blocks", "compute", "update", "sums", "exposed", "step", "efficiency", "tokens/s"];
+    let rows = forecast.levels.iter().map(|level| {
+        let times = [level.compute_s, level.update_s, level.sums_s, level.exposed_s, level.step_s].map(seconds);
+        let [compute, update, sums, exposed, step] = times;
+        let (name, rows) = (level.level.to_string(), level.rows.to_string());
+        let speed = format!("{:.0}", level.tokens_per_s);
+        [name, rows, compute, update, sums, exposed, step, percent(level.efficiency), speed]
+    });
+    table(&std::iter::once(head.map(str::to_owned)).chain(rows).collect::<Vec<_>>())
 }
 
 /// Phases on the same level and coset added up, in order of their first visit, with the number of visits.
