@@ -50,8 +50,13 @@ fn a_study_is_a_folder_of_configs_and_job_arrays() {
         let config = dir.join("configs").join(name);
         serde_json::from_str(&succeeds(vcycle(&["plan", config.to_str().unwrap(), "--json"]))).unwrap()
     };
-    for (config, tokens) in [("strong-1x2.toml", 2048), ("weak-1x2.toml", 2048), ("strong-2x2.toml", 2048), ("weak-2x2.toml", 4096)] {
-        assert_eq!((plan(config)["steps"].as_u64(), plan(config)["tokens_per_step"].as_u64()), (Some(40), Some(tokens)));
+    for (config, tokens) in
+        [("strong-1x2.toml", 2048), ("weak-1x2.toml", 2048), ("strong-2x2.toml", 2048), ("weak-2x2.toml", 4096)]
+    {
+        assert_eq!(
+            (plan(config)["steps"].as_u64(), plan(config)["tokens_per_step"].as_u64()),
+            (Some(40), Some(tokens))
+        );
     }
     for script in ["1x2.sbatch", "2x2.sbatch", "train.sbatch"] {
         assert!(Command::new("bash").arg("-n").arg(dir.join(script)).status().unwrap().success(), "{script}");
@@ -96,7 +101,8 @@ const GPT2: &[&str] = &["configs/gpt2-124m-cascade.toml", "--set", "data.dir=/no
 
 #[test]
 fn every_machine_is_predicted_for() {
-    let machines: Vec<PathBuf> = std::fs::read_dir(root().join("machines")).unwrap().map(|f| f.unwrap().path()).collect();
+    let machines: Vec<PathBuf> =
+        std::fs::read_dir(root().join("machines")).unwrap().map(|f| f.unwrap().path()).collect();
     assert!(machines.len() >= 2, "{machines:?}");
     for machine in &machines {
         let machine = machine.to_str().unwrap();
@@ -107,9 +113,13 @@ fn every_machine_is_predicted_for() {
         assert!(levels.iter().all(|level| (0.0..=1.0).contains(&level["efficiency"].as_f64().unwrap())), "{json}");
         let svg = tempfile::tempdir().unwrap();
         let plot = svg.path().join("plot.svg");
-        let predict = [&["scaling", "predict"], GPT2, &["--machine", machine, "--plot", plot.to_str().unwrap()]].concat();
+        let predict =
+            [&["scaling", "predict"], GPT2, &["--machine", machine, "--plot", plot.to_str().unwrap()]].concat();
         let table = succeeds(vcycle(&predict));
-        assert!(table.lines().any(|line| line.starts_with("weak") && line.contains("4096") || line.contains("512x8")), "{table}");
+        assert!(
+            table.lines().any(|line| line.starts_with("weak") && line.contains("4096") || line.contains("512x8")),
+            "{table}"
+        );
         assert!(std::fs::read_to_string(plot).unwrap().contains("weak scaling: ranks"));
     }
 }

@@ -63,30 +63,40 @@ enum Command {
 /// wrong usage prints help and exits 2.
 pub fn main() -> u8 {
     let Cli { command } = Cli::parse();
-    // Only training runs on several ranks.
-    let Command::Train(args) = command else {
+    if !command.is_collective() {
         Console::install(0);
-        return finish(run(command));
-    };
+        return finish(run(command, &mut World::solo()));
+    }
     match World::init() {
         Ok(mut world) => {
-            let result = train::run(args, &mut world);
+            let result = run(command, &mut world);
             world.finish(result)
         }
         Err(error) => finish(Err(error)),
     }
 }
 
-fn run(command: Command) -> Result<Outcome> {
+impl Command {
+    /// Whether it runs on all ranks of a job, not on each alone.
+    fn is_collective(&self) -> bool {
+        match self {
+            Command::Train(_) => true,
+            Command::Bench(args) => args.is_collective(),
+            _ => false,
+        }
+    }
+}
+
+fn run(command: Command, world: &mut World) -> Result<Outcome> {
     match command {
-        Command::Train(args) => train::run(args, &mut World::solo()),
+        Command::Train(args) => train::run(args, world),
         Command::Data(args) => data::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Compare(args) => compare::run(args),
         Command::Study(args) => study::run(args),
         Command::Scaling(args) => scaling::run(args),
-        Command::Bench(args) => bench::run(args),
+        Command::Bench(args) => bench::run(args, world),
         Command::Checkpoint(args) => checkpoint::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::ConfigReference => {

@@ -151,7 +151,8 @@ fn hostname() -> Option<String> {
     std::fs::read_to_string("/proc/sys/kernel/hostname").ok().map(|s| s.trim().to_owned())
 }
 
-fn cpu_model() -> Option<String> {
+/// As the kernel calls it.
+pub fn cpu_model() -> Option<String> {
     let info = std::fs::read_to_string("/proc/cpuinfo").ok()?;
     let line = info.lines().find(|l| l.starts_with("model name"))?;
     line.split_once(':').map(|(_, name)| name.trim().to_owned())

@@ -19,7 +19,7 @@ mod train;
 pub use balance::Balance;
 pub use console::Console;
 pub use directory::{Difference, RunDirectory, differences};
-pub use environment::{gemm_peak, use_threads};
+pub use environment::{cpu_model, gemm_peak, use_threads};
 pub use gradient::{Target, micro_batch};
 pub use learner::{Learner, StepReport};
 pub use progress::Progress;

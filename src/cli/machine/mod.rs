@@ -9,7 +9,7 @@ mod sum;
 
 pub use file::{Link, Machine};
 pub use forecast::{Forecast, LevelForecast};
-pub use sum::Sum;
+pub use sum::{Cost, Sum};
 
 #[cfg(test)]
 pub use file::tests::machine as test_machine;
