@@ -8,7 +8,7 @@ namespaces in the same order, and mpirun finds all it needs to start ranks on th
 `ip -n NAMESPACE link set net0 down` cuts a host off. Exits as COMMAND does, or 77 with a line that says what is missing.
 
 The link is this program, since few kernels for virtual machines have tc's netem: each host has a TUN device, whose packets
-it passes on to the host they are for, RATE megabits a second from each host, each DELAY milliseconds late.
+it passes on to the host they are for, RATE megabits a second from each host and to each host, each DELAY milliseconds late.
 """
 
 import argparse
@@ -55,6 +55,8 @@ class Hosts:
             ip("-n", namespace, "addr", "add", f"{address}/24", "dev", "net0")
             ip("-n", namespace, "link", "set", "net0", "mtu", str(MTU), "up")
             ip("-n", namespace, "link", "set", "lo", "up")
+            # A connection that has been idle keeps its speed, as on networks that are set up for MPI.
+            ip("netns", "exec", namespace, "sh", "-c", "echo 0 >/proc/sys/net/ipv4/tcp_slow_start_after_idle")
 
     def stop(self):
         for namespace in self.namespaces:
@@ -93,7 +95,8 @@ class Hosts:
     def pass_on(self, seconds_per_byte, delay, is_over):
         """Passes packets on until is_over()."""
         index = {bytes(map(int, address.split("."))): i for i, address in enumerate(self.addresses)}
-        free = [0.0] * len(self.devices)  # when each host's last packet has left
+        free = [0.0] * len(self.devices)  # when each host's last packet has left it
+        taken = list(free)  # when the last packet to each host has come
         late, number = [], 0  # (time of arrival, number, device, packet)
         while not is_over():
             now = time.monotonic()
@@ -115,8 +118,9 @@ class Hosts:
                     to = index.get(packet[16:20]) if packet[0] >> 4 == 4 else None
                     if to is not None:
                         free[i] = max(free[i], time.monotonic()) + len(packet) * seconds_per_byte
+                        taken[to] = max(free[i] + delay, taken[to] + len(packet) * seconds_per_byte)
                         number += 1
-                        heapq.heappush(late, (free[i] + delay, number, self.devices[to], packet))
+                        heapq.heappush(late, (taken[to], number, self.devices[to], packet))
 
 
 def main():

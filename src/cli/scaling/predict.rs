@@ -16,12 +16,15 @@ pub struct Args {
     /// The machine (TOML; docs/SCALING.md explains its keys).
     #[arg(long, value_name = "FILE.toml")]
     machine: PathBuf,
-    /// Numbers of ranks. The config's batch is that of the fewest in weak scaling, and of all in strong scaling.
+    /// Numbers of ranks.
     #[arg(long, value_delimiter = ',', default_value = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096")]
     ranks: Vec<usize>,
-    /// `strong` stops at a sequence a rank.
+    /// `strong`: the config's batch on all; it stops at a sequence a rank. `weak`: the same sequences a rank.
     #[arg(long, value_delimiter = ',', value_enum, default_values = ["strong", "weak"])]
     modes: Vec<Mode>,
+    /// Sequences a rank in weak scaling. Default: the config's batch over the fewest ranks.
+    #[arg(long, value_name = "SEQUENCES", value_parser = clap::value_parser!(u32).range(1..))]
+    weak_batch: Option<u32>,
     /// Write the efficiencies as one picture to this file.
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
@@ -40,6 +43,10 @@ pub fn run(args: &Args) -> Result<()> {
     let mut report = Report { title: format!("Scaling of {title}, predicted"), ..Report::default() };
     report.machine = Some(machine.name.clone());
     for mode in distinct(&args.modes) {
+        let mut config = config.clone();
+        if let (Mode::Weak, Some(sequences)) = (mode, args.weak_batch) {
+            config.data.batch = sequences as usize * fewest;
+        }
         for &ranks in ranks.iter().filter(|&&ranks| mode == Mode::Weak || ranks <= config.data.batch) {
             let forecast = Forecast::new(&mode.config(&config, fewest, ranks)?, &machine, ranks);
             report.rows.extend(rows(&forecast, &machine, mode));
