@@ -1,7 +1,7 @@
 //! What a run of a config on K ranks of a machine will take, level by level.
 //!
 //! ```text
-//! compute   t_c = ⌈B/K⌉ F_l / (B φ)             F_l: FLOPs of a step on level l, φ: FLOP/s of a rank
+//! compute   t_c = ⌈B_l/K⌉ F_l / (B_l φ)         F_l: FLOPs of a step of B_l sequences, φ: FLOP/s of a rank
 //! update    t_u = 4 (5 + 2m) (N_l P + E) / μ    m moments; μ: bytes/s of memory
 //! sums      the messages that gradient buckets make of N_l rows of P values and the ends' E, in their order
 //! step      t = t_c + exposed + t_u             exposed: what of the sums ends after t_c, and the loss's own sum
@@ -16,7 +16,7 @@ use super::Machine;
 use crate::comm::Buckets;
 use crate::config::Config;
 use crate::cycle::{self, Phase};
-use crate::model::{Layout, Spec, step_flops};
+use crate::model::{Flops, Layout, Spec, step_flops};
 use crate::{optim, run};
 use serde::Serialize;
 
@@ -56,7 +56,7 @@ struct Message {
 }
 
 impl Forecast {
-    /// `config` with its vocabulary resolved; `ranks` from 1 to its batch.
+    /// `config` with its vocabulary resolved; `ranks` from 1 to its smallest batch.
     pub fn new(config: &Config, machine: &Machine, ranks: usize) -> Forecast {
         let spec = Spec::new(config);
         let levels: Vec<LevelForecast> =
@@ -77,11 +77,11 @@ impl Forecast {
 impl LevelForecast {
     fn new(config: &Config, spec: &Spec, machine: &Machine, ranks: usize, level: usize) -> LevelForecast {
         let rows = config.rows(level);
-        let tokens = cycle::tokens_per_step(config) as f64;
+        let tokens = cycle::tokens_per_step(config, level) as f64;
         let update_s = update_seconds(config, spec, machine, rows);
-        let one_rank = compute_seconds(config, spec, machine, rows, 1) + update_s;
-        let compute_s = compute_seconds(config, spec, machine, rows, ranks);
-        let messages = messages(config, spec, machine, rows, ranks);
+        let one_rank = compute_seconds(config, spec, machine, level, 1) + update_s;
+        let compute_s = compute_seconds(config, spec, machine, level, ranks);
+        let messages = messages(config, spec, machine, level, ranks);
         let seconds = |values: usize| machine.sum.seconds(machine, 4.0 * values as f64, ranks);
         let sums_s = messages.iter().map(|message| seconds(message.values)).sum();
         let end = last_end(&messages, compute_s, machine.overlap, seconds);
@@ -108,14 +108,14 @@ impl LevelForecast {
 }
 
 /// t_c
-fn compute_seconds(config: &Config, spec: &Spec, machine: &Machine, rows: usize, ranks: usize) -> f64 {
-    let sequences = config.data.batch.div_ceil(ranks) as f64;
-    sequences * sequence_flops(config, spec, rows).total as f64 / machine.flops
+fn compute_seconds(config: &Config, spec: &Spec, machine: &Machine, level: usize, ranks: usize) -> f64 {
+    let sequences = config.batch(level).div_ceil(ranks) as f64;
+    sequences * sequence_flops(config, spec, level).total as f64 / machine.flops
 }
 
-/// F_l / B
-fn sequence_flops(config: &Config, spec: &Spec, rows: usize) -> crate::model::Flops {
-    step_flops(spec, rows, config.data.context as u64)
+/// F_l / B_l
+fn sequence_flops(config: &Config, spec: &Spec, level: usize) -> Flops {
+    step_flops(spec, config.rows(level), config.data.context as u64)
 }
 
 /// t_u
@@ -126,11 +126,11 @@ fn update_seconds(config: &Config, spec: &Spec, machine: &Machine, rows: usize) 
 }
 
 /// The sums of a step's gradient, in their order.
-fn messages(config: &Config, spec: &Spec, machine: &Machine, rows: usize, ranks: usize) -> Vec<Message> {
-    let flops = sequence_flops(config, spec, rows);
-    let end = compute_seconds(config, spec, machine, rows, ranks);
+fn messages(config: &Config, spec: &Spec, machine: &Machine, level: usize, ranks: usize) -> Vec<Message> {
+    let (rows, flops) = (config.rows(level), sequence_flops(config, spec, level));
+    let end = compute_seconds(config, spec, machine, level, ranks);
     // Only the backward pass of the last micro-batch gives final rows.
-    let (share, micro_batch) = (config.data.batch.div_ceil(ranks), run::micro_batch(config, ranks));
+    let (share, micro_batch) = (config.batch(level).div_ceil(ranks), run::micro_batch(config, ranks));
     let last = if share.is_multiple_of(micro_batch) { micro_batch } else { share % micro_batch };
     let backward_of_a_block = 2.0 / 3.0 * last as f64 * flops.blocks as f64 / rows as f64 / machine.flops;
     let widths: Vec<usize> = (0..rows).map(|_| Layout::block(spec).len()).chain([Layout::ends(spec).len()]).collect();

@@ -37,22 +37,31 @@ impl Mode {
 
     /// `base`, which is for `fewest` ranks, for `ranks`.
     pub fn config(self, base: &Config, fewest: usize, ranks: usize) -> Result<Config> {
-        let mut config = base.clone();
-        let batch = base.data.batch;
-        if self == Mode::Weak {
-            ensure!(
-                (batch * ranks).is_multiple_of(fewest),
-                "weak scaling from {fewest} to {ranks} ranks: data.batch = {batch} is that of {fewest} ranks and does not divide into them; take a multiple of {fewest}"
-            );
-            config.data.batch = batch * ranks / fewest;
-        }
+        let config = match self {
+            Mode::Strong => base.clone(),
+            Mode::Weak => with_batches(base, ranks, fewest)
+                .with_context(|| format!("weak scaling from {fewest} to {ranks} ranks"))?,
+        };
+        let (smallest, _) = config.batches();
         ensure!(
-            config.data.batch >= ranks,
-            "{} scaling to {ranks} ranks needs a sequence for each: data.batch = {batch} is too small",
+            smallest >= ranks,
+            "{} scaling to {ranks} ranks needs a sequence for each, and the smallest batch (data.batch, levels.batch) has {smallest}",
             self.name()
         );
         Ok(config)
     }
+}
+
+/// `config` with the batches of all levels times `times` / `over`.
+pub fn with_batches(config: &Config, times: usize, over: usize) -> Result<Config> {
+    let scaled = |batch: usize| {
+        ensure!((batch * times).is_multiple_of(over), "a batch of {batch} does not divide: take a multiple of {over}");
+        Ok(batch * times / over)
+    };
+    let mut config = config.clone();
+    config.data.batch = scaled(config.data.batch)?;
+    config.levels.batch = config.levels.batch.map(|of| of.into_iter().map(scaled).collect()).transpose()?;
+    Ok(config)
 }
 
 /// A number of nodes and of ranks on each.
@@ -173,9 +182,12 @@ pub mod tests {
         assert_eq!([batch(Mode::Weak, 2).unwrap(), batch(Mode::Weak, 6).unwrap()], [8, 24]);
         assert_eq!(batch(Mode::Strong, 8).unwrap(), 8);
         let e = batch(Mode::Strong, 9).unwrap_err().to_string();
-        assert!(e.contains("data.batch = 8 is too small"), "{e}");
-        let e = Mode::Weak.config(&config(), 3, 4).unwrap_err().to_string();
-        assert!(e.contains("take a multiple of 3"), "{e}");
+        assert!(e.contains("strong scaling to 9 ranks needs a sequence for each") && e.contains("has 8"), "{e}");
+        let e = format!("{:#}", Mode::Weak.config(&config(), 3, 4).unwrap_err());
+        assert!(
+            e.contains("weak scaling from 3 to 4 ranks: a batch of 8 does not divide: take a multiple of 3"),
+            "{e}"
+        );
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! `vcycle scaling predict`
 
-use super::file::{Mode, Point};
+use super::file::{Mode, Point, with_batches};
 use super::report::{Predicted, Report, Row};
 use super::{Output, counts, distinct, plots, write};
 use crate::cli::ConfigArgs;
@@ -45,9 +45,9 @@ pub fn run(args: &Args) -> Result<()> {
     for mode in distinct(&args.modes) {
         let mut config = config.clone();
         if let (Mode::Weak, Some(sequences)) = (mode, args.weak_batch) {
-            config.data.batch = sequences as usize * fewest;
+            config = with_batches(&config, sequences as usize * fewest, config.data.batch)?;
         }
-        for &ranks in ranks.iter().filter(|&&ranks| mode == Mode::Weak || ranks <= config.data.batch) {
+        for &ranks in ranks.iter().filter(|&&ranks| mode == Mode::Weak || ranks <= config.batches().0) {
             let forecast = Forecast::new(&mode.config(&config, fewest, ranks)?, &machine, ranks);
             report.rows.extend(rows(&forecast, &machine, mode));
         }
