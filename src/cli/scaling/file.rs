@@ -53,7 +53,7 @@ impl Mode {
 }
 
 /// `config` with the batches of all levels times `times` / `over`.
-pub fn with_batches(config: &Config, times: usize, over: usize) -> Result<Config> {
+fn with_batches(config: &Config, times: usize, over: usize) -> Result<Config> {
     let scaled = |batch: usize| {
         ensure!((batch * times).is_multiple_of(over), "a batch of {batch} does not divide: take a multiple of {over}");
         Ok(batch * times / over)

@@ -1,6 +1,6 @@
 //! `vcycle scaling predict`
 
-use super::file::{Mode, Point, with_batches};
+use super::file::{Mode, Point};
 use super::report::{Predicted, Report, Row};
 use super::{Output, counts, distinct, plots, write};
 use crate::cli::ConfigArgs;
@@ -19,12 +19,9 @@ pub struct Args {
     /// Numbers of ranks.
     #[arg(long, value_delimiter = ',', default_value = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096")]
     ranks: Vec<usize>,
-    /// `strong`: the config's batch on all; it stops at a sequence a rank. `weak`: the same sequences a rank.
+    /// `strong`: the config's batch on all; it stops at a sequence a rank. `weak`: the config's batch on the fewest.
     #[arg(long, value_delimiter = ',', value_enum, default_values = ["strong", "weak"])]
     modes: Vec<Mode>,
-    /// Sequences a rank in weak scaling. Default: the config's batch over the fewest ranks.
-    #[arg(long, value_name = "SEQUENCES", value_parser = clap::value_parser!(u32).range(1..))]
-    weak_batch: Option<u32>,
     /// Write the efficiencies as one picture to this file.
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
@@ -43,10 +40,6 @@ pub fn run(args: &Args) -> Result<()> {
     let mut report = Report { title: format!("Scaling of {title}, predicted"), ..Report::default() };
     report.machine = Some(machine.name.clone());
     for mode in distinct(&args.modes) {
-        let mut config = config.clone();
-        if let (Mode::Weak, Some(sequences)) = (mode, args.weak_batch) {
-            config = with_batches(&config, sequences as usize * fewest, config.data.batch)?;
-        }
         for &ranks in ranks.iter().filter(|&&ranks| mode == Mode::Weak || ranks <= config.batches().0) {
             let forecast = Forecast::new(&mode.config(&config, fewest, ranks)?, &machine, ranks);
             report.rows.extend(rows(&forecast, &machine, mode));
