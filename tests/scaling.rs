@@ -32,7 +32,7 @@ fn fails(output: Output, expected: &str) {
 fn study(folder: &Path, settings: &[&str]) -> Output {
     let data = folder.join("data");
     if !data.exists() {
-        let prepared = ["data", "prepare", "src/run", "--tokenizer", "bytes", "--ext", "rs", "--out"];
+        let prepared = ["data", "prepare", "src", "--tokenizer", "bytes", "--ext", "rs", "--out"];
         succeeds(vcycle(&[&prepared[..], &[data.to_str().unwrap()]].concat()));
     }
     let (data, out) = (format!("data.dir={}", data.display()), folder.join("study"));
@@ -113,13 +113,12 @@ fn every_machine_is_predicted_for() {
         assert!(levels.iter().all(|level| (0.0..=1.0).contains(&level["efficiency"].as_f64().unwrap())), "{json}");
         let svg = tempfile::tempdir().unwrap();
         let plot = svg.path().join("plot.svg");
-        let predict =
-            [&["scaling", "predict"], GPT2, &["--machine", machine, "--plot", plot.to_str().unwrap()]].concat();
-        let table = succeeds(vcycle(&predict));
-        assert!(
-            table.lines().any(|line| line.starts_with("weak") && line.contains("4096") || line.contains("512x8")),
-            "{table}"
-        );
+        let asked: [&[&str]; 3] =
+            [&["scaling", "predict", "--json"], GPT2, &["--machine", machine, "--plot", plot.to_str().unwrap()]];
+        let report: Value = serde_json::from_str(&succeeds(vcycle(&asked.concat()))).unwrap();
+        let last = report["rows"].as_array().unwrap().last().unwrap();
+        assert_eq!((last["mode"].as_str(), last["ranks"].as_u64()), (Some("weak"), Some(4096)));
+        assert!(last["predicted"]["step_s"].as_f64().unwrap() > 0.0 && last["measured"].is_null());
         assert!(std::fs::read_to_string(plot).unwrap().contains("weak scaling: ranks"));
     }
 }
