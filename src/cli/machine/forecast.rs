@@ -156,7 +156,7 @@ mod tests {
 
     fn config(extra: &str) -> Config {
         let text = "[data]\ndir = 'x'\ncontext = 32\nbatch = 64\n[model]\nvocab = 64\nwidth = 64\nheads = 2\ndepth = 8\n\
-                    [levels]\ncount = 3\n[cycle]\nkind = 'cascade'\n[run]\nsteps = 30\n";
+                    [levels]\ncount = 3\n[cycle]\nkind = 'cascade'\nfractions = [0.4, 0.3, 0.3]\n[run]\nsteps = 30\n";
         config::parse(&format!("{text}{extra}"), &[]).unwrap()
     }
 
@@ -170,7 +170,7 @@ mod tests {
             assert_eq!((level.exposed_s, level.efficiency, level.sums_s), (0.0, 1.0, 0.0));
             assert_eq!(level.step_s, level.compute_s + level.update_s);
         }
-        let each: f64 = forecast.levels.iter().map(|level| 10.0 * level.step_s).sum();
+        let each: f64 = forecast.levels.iter().zip([9.0, 9.0, 12.0]).map(|(level, steps)| steps * level.step_s).sum();
         assert!((forecast.seconds - each).abs() < 1e-12 && forecast.seconds < forecast.flat_seconds);
     }
 
