@@ -73,7 +73,7 @@ echo "passed: trained on $ranks ranks under srun, stopped by a signal, requeued,
 
 study=$dir/scaling
 "$vcycle" scaling init "$dir/config.toml" --out "$study" --ranks-per-node "$(seq -s, "$ranks")" --repeats 2 --steps 20 \
-    --minutes 5 --set levels.count=2 --set cycle.kind=cascade
+    --minutes 5 --set levels.count=2 --set cycle.kind=cascade --set 'cycle.fractions=[0.5, 0.5]'
 "$vcycle" scaling submit "$study" -- --comment=test
 [ "$(wc -l <"$study/jobs.txt")" -eq "$ranks" ] || fail "not every job array is in jobs.txt"
 queue_is_empty() { [ -z "$(squeue --noheader)" ]; }
