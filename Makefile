@@ -6,7 +6,7 @@ PROFILE := --release
 VCYCLE := $(or $(CARGO_TARGET_DIR),target)/release/vcycle
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build quickstart test test-slurm fmt clippy docs clean
+.PHONY: help deps build quickstart test test-slurm test-net fmt clippy docs clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | column -t -s '	' 2>/dev/null || grep '##' $(MAKEFILE_LIST)
@@ -24,8 +24,11 @@ test: ## Run all tests
 	@scripts/install-deps.sh test
 	$(CARGO) test $(PROFILE) --locked
 
-test-slurm: build ## Train under a Slurm of this machine: stopped, requeued, continued (root)
+test-slurm: build ## Train under a Slurm of this machine: stop, requeue, continue; a scaling study (root)
 	@tests/slurm/run.sh $(VCYCLE)
+
+test-net: build ## Train on several hosts, network namespaces of this machine; cut one off (root)
+	@tests/net/run.sh $(VCYCLE)
 
 fmt: ## Format the code
 	$(CARGO) fmt

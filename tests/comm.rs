@@ -6,7 +6,7 @@
 use candle_core::{Device, Tensor};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
-use vcycle::comm::{Buckets, Communicator, Reduction, Solo, World, agree, thread};
+use vcycle::comm::{Buckets, Communicator, Reduction, Solo, World, agree, thread, told_to_end};
 use vcycle::error::{Outcome, Result, anyhow, bail};
 
 const SCENARIO: &str = "VCYCLE_TEST_SCENARIO";
@@ -186,6 +186,9 @@ fn left_alone(comm: &mut dyn Communicator) -> Result<()> {
     comm.wait(ticket).map(drop)
 }
 
+/// Of a test that waits for a rank which never comes.
+const TIMEOUT: Duration = Duration::from_secs(2);
+
 const LEFT_ALONE: &str = "rank 0 waited 0.3 s in the collective `sum of 5 values`";
 
 // Processes
@@ -209,6 +212,26 @@ fn scenario(name: &str, world: &mut World) -> Result<Outcome> {
                 left_alone(world.communicator())?;
             }
             std::thread::sleep(Duration::from_secs(60));
+        }
+        "stop rank 1" | "kill rank 1" => {
+            let signal = if name.starts_with("stop") { libc::SIGSTOP } else { libc::SIGKILL };
+            signal_hook::flag::register(libc::SIGTERM, told_to_end().clone())?;
+            let mut all = world.communicator().split(Some(0))?.expect("all ranks join");
+            all.set_timeout(TIMEOUT);
+            for step in 0.. {
+                if (rank, step) == (1, 3) {
+                    // SAFETY: sends a signal to this process.
+                    unsafe { libc::raise(signal) };
+                }
+                let ticket = all.start_sum(vec![1.0; 70_000])?;
+                all.wait(ticket)?;
+            }
+        }
+        "rank 1 elsewhere" => {
+            let comm = world.communicator();
+            comm.set_timeout(TIMEOUT);
+            let mut all = comm.split(Some(0))?.expect("all ranks join");
+            if rank == 1 { comm.barrier()? } else { all.reduce(&mut [0.0], Reduction::Sum)? }
         }
         "fail on rank 1" => {
             if rank == 1 {
@@ -329,6 +352,33 @@ mod processes {
     #[test]
     fn a_rank_left_alone_times_out() {
         fails(2, "rank 0 left alone", LEFT_ALONE);
+    }
+
+    #[test]
+    fn a_stopped_rank_is_named() {
+        let why = "`sum of 70000 values`: rank 1 does not answer: killed, stopped, cut off or far behind";
+        for ranks in [2, 4] {
+            fails(ranks, "stop rank 1", &format!("error: rank 0 waited 2 s in the collective {why}"));
+        }
+    }
+
+    /// The launcher sees it and ends the others, which say what they waited for.
+    #[test]
+    fn a_killed_rank_is_named() {
+        let output = mpirun(3, "kill rank 1");
+        let said = stderr(&output);
+        assert_eq!(output.status.code(), Some(137), "{said}");
+        let why = "is told to end and waits in the collective `sum of 70000 values`: rank 1 does not answer";
+        assert!(said.contains(why) && said.contains("process rank 1"), "{said}");
+    }
+
+    #[test]
+    fn a_rank_in_another_collective_is_named() {
+        fails(
+            3,
+            "rank 1 elsewhere",
+            "error: rank 0 waited 2 s in the collective `Sum of 1 numbers`: all ranks answer, but rank 1 is in `barrier`",
+        );
     }
 
     #[test]

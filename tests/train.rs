@@ -251,7 +251,7 @@ fn metrics(run: &Path) -> Vec<Value> {
 
 /// What a run computed, without its timings.
 fn results(run: &Path) -> Vec<Value> {
-    let timings = ["elapsed_s", "tokens_per_s", "mfu"];
+    let timings = ["elapsed_s", "tokens_per_s", "mfu", "ranks"];
     let mut lines = metrics(run);
     for line in &mut lines {
         line.as_object_mut().unwrap().retain(|key, _| !timings.contains(&key.as_str()));
@@ -459,6 +459,63 @@ fn a_signal_stops_groups_at_their_next_meeting() {
         }
         assert!(metrics(&run).last().unwrap()["step"].as_u64().unwrap() > step);
     }
+}
+
+/// The process of `rank` of the run in `run`.
+fn process_of(run: &Path, rank: usize) -> i32 {
+    let has_rank = |pid: &i32| {
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        environment.split(|&byte| byte == 0).any(|entry| entry == format!("OMPI_COMM_WORLD_RANK={rank}").as_bytes())
+    };
+    processes_of(run).into_iter().find(has_rank).unwrap_or_else(|| panic!("there is no rank {rank}"))
+}
+
+/// The others end at their time limit, or when the launcher sees it, and say which rank they waited for and where; no
+/// process stays, and every checkpoint is whole.
+#[test]
+fn a_rank_that_is_killed_or_stopped_ends_the_others_and_is_named() {
+    let bench = Bench::new();
+    let settings = [LONG, &["parallel.timeout=2", "checkpoint.every_steps=5"]].concat();
+    for (signal, code) in [(libc::SIGSTOP, 1), (libc::SIGKILL, 137)] {
+        let run = bench.path(&format!("fault-{signal}"));
+        let mut command = bench.train(&run, 3, &settings, &[]);
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        wait_for_step(&run, &mut child, 20);
+        let (ranks, lost, started) = (processes_of(&run), process_of(&run, 1), Instant::now());
+        // SAFETY: sends a signal to a process that this test started.
+        assert_eq!(unsafe { libc::kill(lost, signal) }, 0);
+        let text = expect_exit(child.wait_with_output().unwrap(), code);
+        assert!(started.elapsed() < Duration::from_secs(12), "took {:?}", started.elapsed());
+        assert!(text.contains("in the collective `") && text.contains("rank 1 does not answer"), "{text}");
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while ranks.iter().any(|pid| Path::new(&format!("/proc/{pid}")).exists()) {
+            assert!(Instant::now() < deadline, "of {ranks:?} some are left");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let checked =
+            Command::new(VCYCLE).args(["checkpoint", "verify"]).arg(run.join("checkpoints")).output().unwrap();
+        expect_exit(checked, 0);
+        let settings = ["checkpoint.every_steps=0", "run.max_minutes=0.01"];
+        let text = expect_exit(bench.resume(&run, 3, &[LONG, &settings].concat()), 75);
+        assert!(text.contains("resumed at step"), "{text}");
+    }
+}
+
+#[test]
+fn ranks_that_wait_are_logged_with_the_one_they_wait_for() {
+    let bench = Bench::new();
+    let run = bench.finished("balance", 3, &[]);
+    for line in metrics(&run) {
+        let ranks = &line["ranks"];
+        assert!(ranks["slowest"].as_u64().unwrap() < 3 && (0.0..1.0).contains(&ranks["waiting"].as_f64().unwrap()));
+    }
+    let log = std::fs::read_to_string(run.join("log.txt")).unwrap();
+    assert!(log.contains("ranks wait ") && log.contains(" computes longest (+"), "{log}");
+    assert!(metrics(&bench.finished("alone", 1, &[]))[0]["ranks"].is_null());
+    let provenance: Value = serde_json::from_slice(&std::fs::read(run.join("provenance.json")).unwrap()).unwrap();
+    let hosts = provenance[0]["hosts"].as_object().unwrap();
+    assert_eq!(hosts.values().map(|ranks| ranks.as_u64().unwrap()).sum::<u64>(), 3);
+    assert!(provenance[0]["mpi"].is_string() && provenance[0]["interconnect"].is_array());
 }
 
 #[test]

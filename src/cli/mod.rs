@@ -6,9 +6,11 @@ mod compare;
 mod data;
 mod doctor;
 mod eval;
+mod machine;
 mod places;
 mod plan;
 mod report;
+mod scaling;
 mod study;
 mod text;
 mod train;
@@ -47,6 +49,7 @@ enum Command {
     /// What runs saved against a baseline, at matched validation loss.
     Compare(compare::Args),
     Study(study::Args),
+    Scaling(scaling::Args),
     /// Measure the speed of this machine at vcycle's work.
     Bench(bench::Args),
     /// List, verify or show checkpoints.
@@ -61,29 +64,40 @@ enum Command {
 /// wrong usage prints help and exits 2.
 pub fn main() -> u8 {
     let Cli { command } = Cli::parse();
-    // Only training runs on several ranks.
-    let Command::Train(args) = command else {
+    if !command.is_collective() {
         Console::install(0);
-        return finish(run(command));
-    };
+        return finish(run(command, &mut World::solo()));
+    }
     match World::init() {
         Ok(mut world) => {
-            let result = train::run(args, &mut world);
+            let result = run(command, &mut world);
             world.finish(result)
         }
         Err(error) => finish(Err(error)),
     }
 }
 
-fn run(command: Command) -> Result<Outcome> {
+impl Command {
+    /// Whether it runs on all ranks of a job, not on each alone.
+    fn is_collective(&self) -> bool {
+        match self {
+            Command::Train(_) => true,
+            Command::Bench(args) => args.is_collective(),
+            _ => false,
+        }
+    }
+}
+
+fn run(command: Command, world: &mut World) -> Result<Outcome> {
     match command {
-        Command::Train(args) => train::run(args, &mut World::solo()),
+        Command::Train(args) => train::run(args, world),
         Command::Data(args) => data::run(args),
         Command::Plan(args) => plan::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Compare(args) => compare::run(args),
         Command::Study(args) => study::run(args),
-        Command::Bench(args) => bench::run(args),
+        Command::Scaling(args) => scaling::run(args),
+        Command::Bench(args) => bench::run(args, world),
         Command::Checkpoint(args) => checkpoint::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::ConfigReference => {
@@ -102,7 +116,7 @@ fn finish(result: Result<Outcome>) -> u8 {
 }
 
 /// A config file with overrides, as several commands take it.
-#[derive(Args)]
+#[derive(Args, Debug)]
 struct ConfigArgs {
     /// Config file (TOML); docs/CONFIG.md lists every key.
     config: PathBuf,

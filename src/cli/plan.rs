@@ -1,8 +1,9 @@
 //! `vcycle plan`
 
 use super::ConfigArgs;
+use super::machine::{Forecast, Machine};
 use super::places::PlaceRows;
-use super::text::{bytes, count, percent, table, tera};
+use super::text::{bytes, count, duration, percent, seconds, table, tera};
 use crate::config::{Config, CycleKind};
 use crate::cycle::{self, Coset, Phase, Places};
 use crate::error::{Context, Outcome, Result, ensure};
@@ -11,6 +12,7 @@ use crate::model::{Flops, Layout, Net, Spec, step_flops};
 use crate::{optim, run};
 use serde::Serialize;
 use std::io::Write;
+use std::path::PathBuf;
 
 /// Levels, parameters, memory and FLOPs of a config, and what its cycle saves over a flat run of as many steps.
 ///
@@ -23,6 +25,9 @@ pub struct Args {
     /// Ranks that share the global batch.
     #[arg(long, default_value_t = 1)]
     ranks: usize,
+    /// Also say what a step on each level will take on these ranks of the machine in this file (docs/SCALING.md).
+    #[arg(long, value_name = "FILE.toml")]
+    machine: Option<PathBuf>,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -43,7 +48,12 @@ pub fn run(args: Args) -> Result<Outcome> {
     } else {
         resolved.context("a plan needs data.dir to exist, or model.vocab to be given")?;
     }
-    let plan = Plan::new(&config, args.ranks)?;
+    let mut plan = Plan::new(&config, args.ranks)?;
+    if let Some(machine) = &args.machine {
+        let machine = Machine::load(machine)?;
+        plan.forecast = Some(Forecast::new(&config, &machine, args.ranks));
+        plan.machine_memory = Some(machine.memory as u64);
+    }
     let text = if args.json { serde_json::to_string_pretty(&plan)? + "\n" } else { plan.text() };
     std::io::stdout().write_all(text.as_bytes())?;
     Ok(Outcome::Done)
@@ -69,6 +79,11 @@ struct Plan {
     /// What groups of ranks do at the same time; null if all ranks do everything together.
     placement: Option<PlaceRows>,
     memory: RankMemory,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    forecast: Option<Forecast>,
+    /// Bytes a rank of the forecast's machine.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    machine_memory: Option<u64>,
 }
 
 #[derive(Serialize)]
@@ -150,6 +165,8 @@ impl Plan {
             phases: phases.iter().map(|phase| PhaseRow::new(config, phase)).collect(),
             placement: PlaceRows::new(config, &spec, ranks)?,
             memory: RankMemory::new(config, &spec, smallest_group),
+            forecast: None,
+            machine_memory: None,
         })
     }
 
@@ -163,11 +180,29 @@ impl Plan {
         };
         format!(
             "{cycle}: {steps} steps of {tokens_per_step} tokens\n\n{}\n{}{longest_stay}\n{}\
-             memory a rank (ranks: {ranks}, sequences at a time: {micro_batch})\n{}",
+             memory a rank (ranks: {ranks}, sequences at a time: {micro_batch})\n{}{}",
             self.levels_table(),
             self.phases_table(),
             self.placement.as_ref().map_or(String::new(), |rows| rows.text() + "\n"),
             memory.table(),
+            self.forecast_text(),
+        )
+    }
+
+    /// Nothing without a machine.
+    fn forecast_text(&self) -> String {
+        let (Some(forecast), Some(room)) = (&self.forecast, self.machine_memory) else { return String::new() };
+        let Forecast { machine, ranks, nodes, seconds: cycle_s, flat_seconds, .. } = forecast;
+        let fits = if self.memory.total <= room { "" } else { ": it does not fit" };
+        format!(
+            "\npredicted for {ranks} ranks on {nodes} nodes: {machine}\n{}\
+             all steps {}, on the fine level alone {}: {} less time; of {} a rank {} are taken{fits}\n",
+            forecast_table(forecast),
+            duration(*cycle_s),
+            duration(*flat_seconds),
+            percent(1.0 - cycle_s / flat_seconds),
+            bytes(room),
+            bytes(self.memory.total),
         )
     }
 
@@ -205,6 +240,19 @@ impl Plan {
         lines.push(["saving".to_owned(), empty(), empty(), percent(total), percent(blocks)]);
         table(&lines)
     }
+}
+
+/// Seconds of a step on each level.
+fn forecast_table(forecast: &Forecast) -> String {
+    let head = ["level", "blocks", "compute", "update", "sums", "exposed", "step", "efficiency", "tokens/s"];
+    let rows = forecast.levels.iter().map(|level| {
+        let times = [level.compute_s, level.update_s, level.sums_s, level.exposed_s, level.step_s].map(seconds);
+        let [compute, update, sums, exposed, step] = times;
+        let (name, rows) = (level.level.to_string(), level.rows.to_string());
+        let speed = format!("{:.0}", level.tokens_per_s);
+        [name, rows, compute, update, sums, exposed, step, percent(level.efficiency), speed]
+    });
+    table(&std::iter::once(head.map(str::to_owned)).chain(rows).collect::<Vec<_>>())
 }
 
 /// Phases on the same level and coset added up, in order of their first visit, with the number of visits.

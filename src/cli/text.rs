@@ -30,6 +30,15 @@ pub fn duration(seconds: f64) -> String {
     }
 }
 
+/// Seconds as µs, ms or s, three significant digits.
+pub fn seconds(seconds: f64) -> String {
+    match seconds {
+        s if s < 1e-3 => format!("{} µs", significant(1e6 * s)),
+        s if s < 1.0 => format!("{} ms", significant(1e3 * s)),
+        s => format!("{} s", significant(s)),
+    }
+}
+
 /// FLOPs in TFLOP, three significant digits from 0.1 on.
 pub fn tera(flops: u128) -> String {
     significant(flops as f64 / 1e12)
@@ -76,6 +85,7 @@ mod tests {
         assert_eq!([count(12_345), count(124_000_000)], ["12.3 k", "124 M"]);
         assert_eq!([tera(27_500_000_000_000), tera(1_000_000_000)], ["27.5", "0.001"]);
         assert_eq!(percent(-0.015), "−1.5 %");
+        assert_eq!([seconds(3e-6), seconds(0.0123), seconds(4.5)], ["3.00 µs", "12.3 ms", "4.50 s"]);
         assert_eq!([duration(9.0), duration(300.0), duration(36_000.0)], ["9.0 s", "5.0 min", "10.00 h"]);
     }
 }

@@ -42,6 +42,18 @@ struct Row {
     elements: Range<usize>,
 }
 
+impl Bucket {
+    /// Whether a row of `width` values may join it.
+    fn takes(&self, width: usize) -> bool {
+        self.rows.is_empty() || self.values.len() + width <= self.limit
+    }
+}
+
+/// Values that a bucket may hold whose first row has `width`.
+fn limit(width: usize) -> usize {
+    MIN_VALUES + width
+}
+
 impl Buckets {
     /// Adds row `row` of `gradient`, which nobody writes again before [`Buckets::finish`], to what is summed over `comm`.
     /// Every rank adds the same rows in the same order. Does nothing with one rank.
@@ -54,11 +66,11 @@ impl Buckets {
         let elements = row * width..(row + 1) * width;
         let values = access::read::<f32>(gradient)?;
         // Decided by lengths alone, which are the same on all ranks.
-        if !self.open.rows.is_empty() && self.open.values.len() + width > self.open.limit {
+        if !self.open.takes(width) {
             self.send(comm)?;
         }
         if self.open.rows.is_empty() {
-            self.open.limit = MIN_VALUES + width;
+            self.open.limit = limit(width);
             self.open.values = self.pool.take(self.open.limit);
             self.open.values.clear();
         }
@@ -68,6 +80,27 @@ impl Buckets {
             self.send(comm)?;
         }
         comm.progress()
+    }
+
+    /// The reductions that rows of these widths, added in this order, become: how many rows have been added when each is
+    /// sent off, and its values.
+    pub fn cut(widths: &[usize]) -> Vec<(usize, usize)> {
+        let mut sent = Vec::new();
+        let (mut values, mut room) = (0, 0);
+        for (added, &width) in widths.iter().enumerate() {
+            if values > 0 && values + width > room {
+                sent.push((added, std::mem::take(&mut values)));
+            }
+            if values == 0 {
+                room = limit(width);
+            }
+            values += width;
+            if values >= MIN_VALUES {
+                sent.push((added + 1, std::mem::take(&mut values)));
+            }
+        }
+        sent.extend((values > 0).then_some((widths.len(), values)));
+        sent
     }
 
     fn send(&mut self, comm: &mut dyn Communicator) -> Result<()> {
@@ -147,6 +180,67 @@ mod tests {
                 }
                 assert!(ends.iter().all(|&x| x == 90.0));
             }
+        }
+    }
+
+    /// Counts the values of each sum that is started.
+    struct Counting {
+        inner: Solo,
+        started: Vec<usize>,
+    }
+
+    impl Communicator for Counting {
+        fn rank(&self) -> usize {
+            0
+        }
+        fn size(&self) -> usize {
+            2
+        }
+        fn set_timeout(&mut self, _timeout: Duration) {}
+        fn waited(&self) -> Duration {
+            Duration::ZERO
+        }
+        fn start_sum(&mut self, data: Vec<f32>) -> Result<Ticket> {
+            self.started.push(data.len());
+            self.inner.start_sum(data)
+        }
+        fn progress(&mut self) -> Result<()> {
+            Ok(())
+        }
+        fn wait(&mut self, ticket: Ticket) -> Result<Vec<f32>> {
+            self.inner.wait(ticket)
+        }
+        fn reduce(&mut self, _values: &mut [f64], _reduction: super::super::Reduction) -> Result<()> {
+            Ok(())
+        }
+        fn broadcast(&mut self, _data: &mut Vec<u8>, _root: usize) -> Result<()> {
+            Ok(())
+        }
+        fn barrier(&mut self) -> Result<()> {
+            Ok(())
+        }
+        fn split(&mut self, _color: Option<usize>) -> Result<Option<Box<dyn Communicator>>> {
+            Ok(None)
+        }
+        fn abort(&self, code: i32) -> ! {
+            std::process::exit(code)
+        }
+    }
+
+    #[test]
+    fn the_cut_foretells_what_is_sent() {
+        for (rows, width, ends) in
+            [(8, 10_000, 50), (5, MIN_VALUES / 2 + 1, 7), (3, MIN_VALUES, 3 * MIN_VALUES), (2, 9, 5)]
+        {
+            let (blocks, ends) = (filled(rows, width, 1.0), filled(1, ends, 1.0));
+            let mut comm = Counting { inner: Solo::default(), started: Vec::new() };
+            let mut buckets = Buckets::default();
+            (0..rows).rev().for_each(|row| buckets.add(&mut comm, &blocks, row).unwrap());
+            buckets.add(&mut comm, &ends, 0).unwrap();
+            buckets.finish(&mut comm).unwrap();
+            let widths: Vec<usize> = vec![width; rows].into_iter().chain([ends.elem_count()]).collect();
+            let cut: Vec<usize> = Buckets::cut(&widths).into_iter().map(|(_, values)| values).collect();
+            assert_eq!(cut, comm.started, "{rows} rows of {width}");
         }
     }
 

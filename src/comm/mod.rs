@@ -14,6 +14,8 @@ mod launch;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod pool;
+#[cfg(feature = "mpi")]
+mod roll_call;
 mod solo;
 pub mod thread;
 mod world;
@@ -23,6 +25,8 @@ pub use solo::Solo;
 pub use world::{World, agree};
 
 use crate::error::Result;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 /// Handle of a reduction that was started and not yet waited for.
@@ -37,8 +41,8 @@ pub enum Reduction {
     Max,
 }
 
-/// A group of ranks. All ranks call the collectives (every method but `rank`, `size`, `progress`, `wait`,
-/// `set_timeout` and `abort`) in the same order. One host thread uses it.
+/// A group of ranks. All ranks call the collectives (every method but `rank`, `size`, `waited`,
+/// `progress`, `wait`, `set_timeout` and `abort`) in the same order. One host thread uses it.
 ///
 /// A reduction gives the same bits on every rank, and the same bits again when it is repeated. After an error a group is
 /// of no more use: end the job.
@@ -47,6 +51,8 @@ pub trait Communicator {
     fn size(&self) -> usize;
     /// A collective that does not complete within this time is an error that names it. Default: 600 s.
     fn set_timeout(&mut self, timeout: Duration);
+    /// What this rank has spent waiting in collectives so far, over all groups of the job.
+    fn waited(&self) -> Duration;
     /// Starts the sum of `data` over all ranks; the communicator owns the buffer until [`Communicator::wait`].
     fn start_sum(&mut self, data: Vec<f32>) -> Result<Ticket>;
     /// Moves started reductions on; cheap; call it often while computing.
@@ -68,10 +74,27 @@ pub trait Communicator {
 /// Time limit of a collective until [`Communicator::set_timeout`] is called.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// The message of a collective that ran into the time limit.
-fn timed_out(rank: usize, op: &dyn std::fmt::Display, timeout: Duration) -> crate::error::Error {
+/// The message of a collective that ran into the time limit, with what is known of `why`.
+fn timed_out(rank: usize, op: &dyn std::fmt::Display, timeout: Duration, why: &str) -> crate::error::Error {
     crate::error::anyhow!(
-        "rank {rank} waited {} s in the collective `{op}`: another rank has stopped or hangs (parallel.timeout sets this limit)",
+        "rank {rank} waited {} s in the collective `{op}`: {why} (parallel.timeout sets this limit)",
         timeout.as_secs_f64()
     )
+}
+
+/// To be set by SIGTERM in a program that does not end at once by it: a rank that then waits for one that does not answer
+/// says so before it is killed. For a launcher that has lost a rank sends it to the others.
+pub fn told_to_end() -> &'static Arc<AtomicBool> {
+    static TOLD: OnceLock<Arc<AtomicBool>> = OnceLock::new();
+    TOLD.get_or_init(Arc::default)
+}
+
+/// The MPI library and its version; `None` without MPI.
+pub fn library() -> Option<String> {
+    #[cfg(feature = "mpi")]
+    return ::mpi::environment::library_version()
+        .ok()
+        .map(|version| version.trim_matches(['\0', '\n', ' ']).to_owned());
+    #[cfg(not(feature = "mpi"))]
+    None
 }

@@ -2,12 +2,13 @@
 //!
 //! Every collective but `split` is started non-blocking and polled, so that a rank that has stopped becomes an error
 //! after the time limit instead of a hang. rsmpi's requests borrow their buffers for a scope, while ours outlive the
-//! call that starts them; so this file calls MPI itself, through rsmpi's bindings, and keeps all `unsafe` in it.
+//! call that starts them; so this file calls MPI itself, through rsmpi's bindings; it and `roll_call` keep all `unsafe`.
 //!
 //! MPI_IN_PLACE is a macro that the bindings lack: a sum is received into a second, pooled buffer.
 
 use super::pool::Pool;
-use super::{Communicator, DEFAULT_TIMEOUT, Reduction, Ticket, timed_out};
+use super::roll_call::RollCall;
+use super::{Communicator, DEFAULT_TIMEOUT, Reduction, Ticket, timed_out, told_to_end};
 use crate::error::{Context, Result, anyhow, bail, ensure};
 use mpi::ffi;
 use std::cell::Cell;
@@ -15,6 +16,7 @@ use std::ffi::c_int;
 use std::fmt::Display;
 use std::mem::ManuallyDrop;
 use std::rc::Rc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 /// Elements of one MPI call; longer buffers take several. Far under the limit of a C int (2³¹ − 1), so that ordinary
@@ -25,11 +27,19 @@ const MAX_COUNT: usize = 1 << 24;
 const YIELD_FOR: Duration = Duration::from_millis(5);
 const SLEEP: Duration = Duration::from_micros(50);
 
+/// How long a rank listens to the others' answers at the end of its time limit; a quarter of a shorter limit.
+const LISTEN: Duration = Duration::from_secs(1);
+/// The same for a rank that has been told to end (SIGTERM): a launcher kills it a second after that.
+const LISTEN_AT_END: Duration = Duration::from_millis(400);
+
 /// MPI between initialisation and finalisation, which comes when the last group is dropped.
 pub struct Session {
     universe: ManuallyDrop<mpi::environment::Universe>,
     /// A group was dropped in the middle of a collective: MPI_Finalize could wait for it for ever.
     unfinished: Cell<bool>,
+    /// What this rank has waited in collectives, over all groups.
+    waited: Cell<Duration>,
+    roll: RollCall,
 }
 
 impl Session {
@@ -38,19 +48,23 @@ impl Session {
         use mpi::environment::{Threading, initialize_with_threading, library_version};
         let started = initialize_with_threading(Threading::Funneled);
         let (universe, provided) = started.context("MPI has been initialised before in this process")?;
-        let session = Session { universe: ManuallyDrop::new(universe), unfinished: Cell::new(false) };
         ensure!(
             provided >= Threading::Funneled,
             "MPI offers thread level {provided:?}, vcycle computes with threads and needs Funneled ({}): use an MPI built with thread support",
             library_version().unwrap_or_default().trim()
         );
-        Ok(Rc::new(session))
+        Ok(Rc::new(Session {
+            universe: ManuallyDrop::new(universe),
+            unfinished: Cell::new(false),
+            waited: Cell::default(),
+            roll: RollCall::new()?,
+        }))
     }
 }
 
 impl Drop for Session {
     fn drop(&mut self) {
-        if !self.unfinished.get() {
+        if !self.unfinished.get() && !self.roll.is_used() {
             // SAFETY: dropped here and nowhere else.
             unsafe { ManuallyDrop::drop(&mut self.universe) }
         }
@@ -69,6 +83,8 @@ pub struct Mpi {
     comm: ffi::MPI_Comm,
     rank: usize,
     size: usize,
+    /// The rank in the job of each rank of this group.
+    members: Vec<usize>,
     timeout: Duration,
     flights: Vec<Flight>,
     next: u64,
@@ -106,25 +122,16 @@ impl<B> Pending<B> {
         Ok(done != 0)
     }
 
-    /// Polls until complete; gives the buffers back, and the list of requests to use again.
-    fn finish(mut self, rank: usize, op: &dyn Display, timeout: Duration) -> Result<(B, Vec<ffi::MPI_Request>)> {
-        let start = Instant::now();
-        while !self.test().with_context(|| format!("rank {rank}, collective `{op}`"))? {
-            let waited = start.elapsed();
-            if waited > timeout {
-                return Err(timed_out(rank, op, timeout));
-            }
-            // Ranks may share a core: let the others run.
-            if waited < YIELD_FOR { std::thread::yield_now() } else { std::thread::sleep(SLEEP) }
-        }
+    /// The buffers of complete requests, and the list of requests to use again.
+    fn take(self) -> (B, Vec<ffi::MPI_Request>) {
         let Pending { buffers, mut requests } = self;
         requests.clear();
-        Ok((ManuallyDrop::into_inner(buffers), requests))
+        (ManuallyDrop::into_inner(buffers), requests)
     }
 }
 
 /// MPI's return code as a result (MPI_ERRORS_RETURN is set on every group).
-fn check(code: c_int) -> Result<()> {
+pub(super) fn check(code: c_int) -> Result<()> {
     if code == ffi::MPI_SUCCESS as c_int {
         return Ok(());
     }
@@ -190,6 +197,7 @@ impl Mpi {
             comm,
             rank: rank as usize,
             size: size as usize,
+            members: members(comm, size)?,
             timeout,
             flights: Vec::new(),
             next: 0,
@@ -218,11 +226,49 @@ impl Mpi {
         Ok(pending)
     }
 
-    fn finish<B>(&mut self, pending: Pending<B>, op: &dyn Display) -> Result<B> {
-        let finished = pending.finish(self.rank, op, self.timeout);
-        let (buffers, requests) = finished.inspect_err(|_| self.session.unfinished.set(true))?;
+    /// Polls until complete; gives the buffers back.
+    fn finish<B>(&mut self, mut pending: Pending<B>, op: &dyn Display) -> Result<B> {
+        let start = Instant::now();
+        let complete = self.poll(&mut pending, op, start);
+        self.session.waited.set(self.session.waited.get() + start.elapsed());
+        complete.inspect_err(|_| self.session.unfinished.set(true))?;
+        let (buffers, requests) = pending.take();
         self.idle_requests.push(requests);
         Ok(buffers)
+    }
+
+    /// Waits until `pending` is complete. Before the time limit the other ranks are asked what they wait in, so that the
+    /// error can name those that do not answer.
+    fn poll<B>(&self, pending: &mut Pending<B>, op: &dyn Display, start: Instant) -> Result<()> {
+        let roll = &self.session.roll;
+        let patience = self.timeout - LISTEN.min(self.timeout / 4);
+        let (mut called, mut last_words) = (None, LastWords::default());
+        while !pending.test().with_context(|| format!("rank {}, collective `{op}`", self.world_rank()))? {
+            let waited = start.elapsed();
+            // Ranks may share a core: let the others run.
+            if waited < YIELD_FOR {
+                std::thread::yield_now();
+                continue;
+            }
+            std::thread::sleep(SLEEP);
+            roll.attend(|| op.to_string());
+            last_words.poll(self, op);
+            if waited > patience && called.is_none() {
+                called = Some(Instant::now());
+                roll.call(&op.to_string());
+            }
+            if let Some(called) = called.filter(|_| waited > self.timeout) {
+                let why = roll.verdict(&self.members, &op.to_string(), called);
+                roll.give_up(&op.to_string());
+                return Err(timed_out(self.world_rank(), op, self.timeout, &why));
+            }
+        }
+        Ok(())
+    }
+
+    /// This rank's number in the job, by which messages call it.
+    fn world_rank(&self) -> usize {
+        self.members[self.rank]
     }
 
     /// Broadcast of bytes whose number all ranks know.
@@ -237,6 +283,49 @@ impl Mpi {
     }
 }
 
+/// What a rank says that is told to end while it waits for one that does not answer. A launcher that has lost a rank tells
+/// the others so: they know which collective it was lost in.
+#[derive(Default)]
+struct LastWords {
+    called: Option<Instant>,
+}
+
+impl LastWords {
+    fn poll(&mut self, group: &Mpi, op: &dyn Display) {
+        let roll = &group.session.roll;
+        match self.called {
+            None if told_to_end().swap(false, Ordering::Relaxed) => {
+                self.called = Some(Instant::now());
+                roll.call(&op.to_string());
+            }
+            Some(called) if called.elapsed() > LISTEN_AT_END => {
+                self.called = None;
+                if !roll.silent(&group.members, called).is_empty() {
+                    let why = roll.verdict(&group.members, &op.to_string(), called);
+                    eprintln!("rank {} is told to end and waits in the collective `{op}`: {why}", group.world_rank());
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The rank in the job of each of the `size` ranks of `comm`.
+fn members(comm: ffi::MPI_Comm, size: c_int) -> Result<Vec<usize>> {
+    let own: Vec<c_int> = (0..size).collect();
+    let mut ranks: Vec<c_int> = vec![0; own.len()];
+    // SAFETY: both lists have `size` elements; the two groups are made and freed here.
+    unsafe {
+        let (mut group, mut world) = (ffi::RSMPI_GROUP_NULL, ffi::RSMPI_GROUP_NULL);
+        check(ffi::MPI_Comm_group(comm, &mut group))?;
+        check(ffi::MPI_Comm_group(ffi::RSMPI_COMM_WORLD, &mut world))?;
+        check(ffi::MPI_Group_translate_ranks(group, size, own.as_ptr(), world, ranks.as_mut_ptr()))?;
+        check(ffi::MPI_Group_free(&mut group))?;
+        check(ffi::MPI_Group_free(&mut world))?;
+    }
+    Ok(ranks.into_iter().map(|rank| rank as usize).collect())
+}
+
 impl Communicator for Mpi {
     fn rank(&self) -> usize {
         self.rank
@@ -248,6 +337,10 @@ impl Communicator for Mpi {
 
     fn set_timeout(&mut self, timeout: Duration) {
         self.timeout = timeout;
+    }
+
+    fn waited(&self) -> Duration {
+        self.session.waited.get()
     }
 
     fn start_sum(&mut self, data: Vec<f32>) -> Result<Ticket> {
@@ -266,7 +359,7 @@ impl Communicator for Mpi {
 
     fn progress(&mut self) -> Result<()> {
         for flight in &mut self.flights {
-            flight.pending.test().with_context(|| format!("rank {}, {:?}", self.rank, flight.ticket))?;
+            flight.pending.test().with_context(|| format!("rank {}, {:?}", self.members[self.rank], flight.ticket))?;
         }
         Ok(())
     }

@@ -22,6 +22,10 @@ impl Communicator for Solo {
 
     fn set_timeout(&mut self, _timeout: Duration) {}
 
+    fn waited(&self) -> Duration {
+        Duration::ZERO
+    }
+
     fn start_sum(&mut self, data: Vec<f32>) -> Result<Ticket> {
         let ticket = Ticket(self.next);
         self.next += 1;

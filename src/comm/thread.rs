@@ -5,8 +5,10 @@
 
 use super::{Communicator, DEFAULT_TIMEOUT, Reduction, Ticket, timed_out};
 use crate::error::{Result, anyhow, bail, ensure};
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::fmt::{self, Display, Formatter};
+use std::rc::Rc;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,7 +21,7 @@ pub fn run<T: Send>(size: usize, body: impl Fn(&mut Thread) -> T + Sync) -> Vec<
     std::thread::scope(|scope| {
         let start = |rank| {
             let (group, body) = (group.clone(), &body);
-            scope.spawn(move || body(&mut Thread::new(group, rank, DEFAULT_TIMEOUT)))
+            scope.spawn(move || body(&mut Thread::new(group, rank, DEFAULT_TIMEOUT, Rc::default())))
         };
         let ranks: Vec<_> = (0..size).map(start).collect();
         ranks.into_iter().map(|rank| rank.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
@@ -33,6 +35,8 @@ pub struct Thread {
     /// Collectives called so far: the next one's number.
     called: u64,
     timeout: Duration,
+    /// Shared by all groups of this thread.
+    waited: Rc<Cell<Duration>>,
 }
 
 struct Group {
@@ -139,7 +143,10 @@ impl Group {
                 bail!("{why}");
             }
             if start.elapsed() > timeout {
-                return Err(timed_out(rank, &collective.op, timeout));
+                let missing = (0..self.size).filter(|&rank| collective.data[rank].is_none());
+                let missing: Vec<String> = missing.map(|rank| rank.to_string()).collect();
+                let why = format!("not called by rank {}", missing.join(", "));
+                return Err(timed_out(rank, &collective.op, timeout, &why));
             }
             // Short, because the end of a job wakes nobody: a rank may wait in any of several groups.
             let pause = Duration::from_millis(5);
@@ -198,8 +205,8 @@ fn split(data: &mut [Option<Data>], job: &Arc<Job>) {
 }
 
 impl Thread {
-    fn new(group: Arc<Group>, rank: usize, timeout: Duration) -> Thread {
-        Thread { group, rank, called: 0, timeout }
+    fn new(group: Arc<Group>, rank: usize, timeout: Duration, waited: Rc<Cell<Duration>>) -> Thread {
+        Thread { group, rank, called: 0, timeout, waited }
     }
 
     fn start(&mut self, op: Op, data: Data) -> Result<Ticket> {
@@ -210,7 +217,10 @@ impl Thread {
     }
 
     fn finish(&self, ticket: Ticket) -> Result<Data> {
-        self.group.leave(ticket.0, self.rank, self.timeout)
+        let start = Instant::now();
+        let data = self.group.leave(ticket.0, self.rank, self.timeout);
+        self.waited.set(self.waited.get() + start.elapsed());
+        data
     }
 
     fn collective(&mut self, op: Op, data: Data) -> Result<Data> {
@@ -230,6 +240,10 @@ impl Communicator for Thread {
 
     fn set_timeout(&mut self, timeout: Duration) {
         self.timeout = timeout;
+    }
+
+    fn waited(&self) -> Duration {
+        self.waited.get()
     }
 
     fn start_sum(&mut self, data: Vec<f32>) -> Result<Ticket> {
@@ -270,7 +284,9 @@ impl Communicator for Thread {
 
     fn split(&mut self, color: Option<usize>) -> Result<Option<Box<dyn Communicator>>> {
         match self.collective(Op::Split, Data::Color(color))? {
-            Data::Member { group, rank } => Ok(Some(Box::new(Thread::new(group, rank, self.timeout)))),
+            Data::Member { group, rank } => {
+                Ok(Some(Box::new(Thread::new(group, rank, self.timeout, self.waited.clone()))))
+            }
             _ => Ok(None),
         }
     }

@@ -8,7 +8,8 @@
 //!   75, mpirun may kill the others: `finish` is the last thing a rank does.
 //! - Every rank failed, in whatever place (a wrong config): rank 0 prints its error, every rank exits with 1.
 //! - Some ranks failed, the others compute on or wait for them: a failing rank waits [`GRACE`] for the others, prints
-//!   its error and ends the job with MPI_Abort and code 1.
+//!   its error and ends the job with MPI_Abort and code 1. Of several that fail alike (a rank is missing, and they all run
+//!   into the time limit) the lowest speaks first: see [`turn`].
 //! - A panic on any thread of a rank ends the job in the same way at once (after [`GRACE`] on ranks other than 0).
 //!
 //! mpirun exits with the code of the first rank to fail. Open MPI's adds a notice about it ("MPI_ABORT was invoked",
@@ -123,6 +124,7 @@ impl World {
         if let Err(error) = result {
             let all_failed = self.failed.barrier().is_ok();
             if !all_failed {
+                std::thread::sleep(turn(self.rank()));
                 print(self.rank(), &error);
                 self.all.abort(code.into());
             }
@@ -134,6 +136,11 @@ impl World {
         }
         code
     }
+}
+
+/// How long a rank leaves it to lower ones to end the job. They may be the ones that are gone.
+fn turn(rank: usize) -> Duration {
+    GRACE * rank.min(3) as u32
 }
 
 /// All ranks learn whether `result` is an error on any: it then is one on all, the lowest failing rank's, which is named
@@ -156,7 +163,8 @@ pub fn agree<T>(comm: &mut dyn Communicator, result: Result<T>) -> Result<T> {
 }
 
 fn named(rank: usize, error: &Error) -> String {
-    if rank == 0 { format!("{error:#}") } else { format!("rank {rank}: {error:#}") }
+    let text = format!("{error:#}");
+    if rank == 0 || text.starts_with("rank ") { text } else { format!("rank {rank}: {text}") }
 }
 
 fn print(rank: usize, error: &Error) {

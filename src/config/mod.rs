@@ -75,7 +75,7 @@ fn refuse_unknown_keys(written: &Table) -> Result<()> {
 }
 
 /// "; did you mean `x`?" for the known word nearest to `word`, or the list of all of them.
-fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str> + Clone) -> String {
+pub fn nearest<'a>(word: &str, known: impl Iterator<Item = &'a str> + Clone) -> String {
     let best = known.clone().map(|k| (strsim::damerau_levenshtein(word, k), k)).min();
     match best {
         Some((distance, k)) if distance <= 1 + word.len() / 3 => format!("; did you mean `{k}`?"),

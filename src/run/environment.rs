@@ -1,8 +1,9 @@
 //! The machine a rank runs on: cores, threads, peak speed, provenance.
 
-use crate::comm::{Communicator, Reduction};
+use crate::comm::{self, Communicator, Reduction};
 use crate::error::{Context, Result};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -73,8 +74,19 @@ fn own_gemm_peak() -> f64 {
     2.0 * (SIZE as f64).powi(3) / best
 }
 
-/// What a reader needs to repeat a run: versions, machine, ranks, data.
-pub fn provenance(comm: &dyn Communicator, threads: usize, peak_flops: f64, data: &Path) -> Value {
+/// The host of each rank. Collective.
+pub fn hosts(comm: &mut dyn Communicator) -> Result<Vec<String>> {
+    let mut hosts = Vec::new();
+    for root in 0..comm.size() {
+        let mut name = hostname().unwrap_or_default().into_bytes();
+        comm.broadcast(&mut name, root)?;
+        hosts.push(String::from_utf8_lossy(&name).into_owned());
+    }
+    Ok(hosts)
+}
+
+/// What a reader needs to repeat a run: versions, machine, ranks, network, data. `hosts` has one entry a rank.
+pub fn provenance(hosts: Vec<String>, threads: usize, peak_flops: f64, data: &Path) -> Value {
     let data_meta = std::fs::read(data.join("meta.json")).ok().and_then(|b| serde_json::from_slice::<Value>(&b).ok());
     json!({
         "started_unix_s": std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs()),
@@ -83,9 +95,13 @@ pub fn provenance(comm: &dyn Communicator, threads: usize, peak_flops: f64, data
         "commit": option_env!("VCYCLE_COMMIT"),
         "host": hostname(),
         "cpu": cpu_model(),
-        "ranks": comm.size(),
+        "ranks": hosts.len(),
+        "hosts": counted(hosts),
         "threads_per_rank": threads,
         "gemm_peak_flops": peak_flops,
+        "mpi": comm::library(),
+        "interconnect": interconnect(Path::new("/sys/class")),
+        "network_settings": network_settings(std::env::vars()),
         "hdf5": hdf5::library_version(),
         "slurm_job": std::env::var("SLURM_JOB_ID").ok(),
         "slurm_nodes": std::env::var("SLURM_JOB_NODELIST").ok(),
@@ -93,12 +109,85 @@ pub fn provenance(comm: &dyn Communicator, threads: usize, peak_flops: f64, data
     })
 }
 
+/// Ranks on each host.
+fn counted(hosts: Vec<String>) -> BTreeMap<String, usize> {
+    let mut ranks = BTreeMap::new();
+    hosts.into_iter().for_each(|host| *ranks.entry(host).or_default() += 1);
+    ranks
+}
+
+/// The network devices of this host that are up, with their speed: `mlx5_0: 400 Gb/sec (4X NDR)`, `eth0: 10000 Mb/s`.
+/// Which of them MPI takes is for MPI to say.
+fn interconnect(class: &Path) -> Vec<String> {
+    let entries = |kind: &str| {
+        let listed = std::fs::read_dir(class.join(kind)).into_iter().flatten().flatten();
+        let mut names: Vec<_> =
+            listed.map(|entry| (entry.file_name().to_string_lossy().into_owned(), entry.path())).collect();
+        names.sort();
+        names
+    };
+    let read =
+        |path: &Path, file: &str| std::fs::read_to_string(path.join(file)).map(|text| text.trim().to_owned()).ok();
+    let infiniband = entries("infiniband")
+        .into_iter()
+        .filter_map(|(name, path)| Some(format!("{name}: {}", read(&path, "ports/1/rate")?)));
+    let ethernet = entries("net").into_iter().filter_map(|(name, path)| {
+        let up = name != "lo" && read(&path, "operstate")? != "down";
+        let speed = read(&path, "speed").filter(|speed| !speed.starts_with('-'));
+        up.then(|| format!("{name}: {}", speed.map_or("speed unknown".to_owned(), |speed| format!("{speed} Mb/s"))))
+    });
+    infiniband.chain(ethernet).collect()
+}
+
+/// Variables that tell MPI, UCX, libfabric or NCCL how to communicate.
+fn network_settings(environment: impl Iterator<Item = (String, String)>) -> BTreeMap<String, String> {
+    const PREFIXES: [&str; 6] = ["OMPI_MCA_", "PRTE_MCA_", "MPICH_", "UCX_", "FI_", "NCCL_"];
+    // What mpirun tells its own processes is not a setting.
+    let internal = |name: &str| name.starts_with("OMPI_MCA_orte_") || name.starts_with("OMPI_MCA_ess");
+    environment.filter(|(name, _)| PREFIXES.iter().any(|prefix| name.starts_with(prefix)) && !internal(name)).collect()
+}
+
 fn hostname() -> Option<String> {
     std::fs::read_to_string("/proc/sys/kernel/hostname").ok().map(|s| s.trim().to_owned())
 }
 
-fn cpu_model() -> Option<String> {
+/// As the kernel calls it.
+pub fn cpu_model() -> Option<String> {
     let info = std::fs::read_to_string("/proc/cpuinfo").ok()?;
     let line = info.lines().find(|l| l.starts_with("model name"))?;
     line.split_once(':').map(|(_, name)| name.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn network_devices_are_listed_with_their_speed() {
+        let class = tempfile::tempdir().unwrap();
+        let write = |file: &str, text: &str| {
+            let path = class.path().join(file);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        };
+        write("infiniband/mlx5_0/ports/1/rate", "400 Gb/sec (4X NDR)\n");
+        for (name, state, speed) in
+            [("eth0", "up", "10000"), ("eth1", "down", "-1"), ("tap0", "unknown", "-1"), ("lo", "unknown", "0")]
+        {
+            write(&format!("net/{name}/operstate"), state);
+            write(&format!("net/{name}/speed"), speed);
+        }
+        let expected = ["mlx5_0: 400 Gb/sec (4X NDR)", "eth0: 10000 Mb/s", "tap0: speed unknown"];
+        assert_eq!(interconnect(class.path()), expected);
+        assert_eq!(interconnect(&class.path().join("none")), [""; 0]);
+    }
+
+    #[test]
+    fn hosts_are_counted_and_settings_of_the_network_kept() {
+        let hosts = ["b", "a", "b"].map(str::to_owned).to_vec();
+        assert_eq!(counted(hosts), BTreeMap::from([("a".to_owned(), 1), ("b".to_owned(), 2)]));
+        let names = ["PATH", "UCX_TLS", "OMPI_MCA_btl", "OMPI_MCA_orte_ess_num_procs"];
+        let settings = network_settings(names.iter().map(|name| (name.to_string(), "x".to_owned())));
+        assert_eq!(settings.into_keys().collect::<Vec<_>>(), ["OMPI_MCA_btl", "UCX_TLS"]);
+    }
 }

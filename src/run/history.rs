@@ -3,6 +3,7 @@
 //! A process may be killed in the middle of a line. The torn last line is not an error: [`read`] leaves it out and
 //! [`Log::open`] cuts it off before it appends. Anything else that is not a metrics line is an error that names it.
 
+use super::balance::Balance;
 use crate::error::{Context, Result, ensure};
 use serde::{Deserialize, Deserializer, Serialize};
 use std::fs::{File, OpenOptions};
@@ -51,6 +52,9 @@ pub struct Metrics {
     pub tokens_per_s: f64,
     /// Model FLOP utilisation, a fraction; null where the device's peak is not known.
     pub mfu: Option<f64>,
+    /// How the ranks spent the time since the line before; null for one rank.
+    #[serde(default)]
+    pub ranks: Option<Balance>,
 }
 
 /// JSON has no NaN; serde_json writes null for it.
@@ -160,6 +164,7 @@ mod tests {
             elapsed_s: 0.1 * step as f64,
             tokens_per_s: 640.0,
             mfu: None,
+            ranks: Some(Balance { waiting: 0.25, slowest: 3, slowest_computes: 0.875 }),
         }
     }
 
@@ -180,7 +185,7 @@ mod tests {
         let line = serde_json::to_string(&Metrics { flops_total: 9, ..metrics(1) }).unwrap();
         let keys: Vec<String> = serde_json::from_str::<serde_json::Map<_, _>>(&line).unwrap().keys().cloned().collect();
         let contract = "step cycle op level coset rows loss val_loss lr grad_norm tokens flops_total flops_blocks \
-                        elapsed_s tokens_per_s mfu";
+                        elapsed_s tokens_per_s mfu ranks";
         assert_eq!(keys.join(" "), contract);
     }
 

@@ -3,6 +3,7 @@
 //! [`train`] sets a run up and goes through its plan, round by round; `execute` carries out this rank's part of a round, with
 //! the groups of ranks of `teams`; [`Learner`] does the numerical work; [`Progress`] knows how far the run is; `recorder` writes metrics and the log; `stop` says when to save or stop.
 
+mod balance;
 mod console;
 mod directory;
 mod environment;
@@ -17,9 +18,10 @@ mod stop;
 mod teams;
 mod train;
 
+pub use balance::Balance;
 pub use console::Console;
 pub use directory::{Difference, RunDirectory, differences};
-pub use environment::{gemm_peak, use_threads};
+pub use environment::{cpu_model, gemm_peak, use_threads};
 pub use gradient::{Ends, Target, micro_batch};
 pub use learner::{Learner, StepReport};
 pub use progress::Progress;

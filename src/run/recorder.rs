@@ -1,9 +1,9 @@
 //! Writes `metrics.jsonl`, the log and the progress bar. Only rank 0 has a recorder.
 
+use super::balance::Balance;
 use super::console::Console;
 use super::directory::RunDirectory;
 use super::history::{Log, Metrics};
-use super::stop::passes_multiple;
 use crate::config::Config;
 use crate::error::{Context, Result};
 use std::fs::OpenOptions;
@@ -13,7 +13,6 @@ pub struct Recorder {
     metrics: Log,
     console: Console,
     steps: u64,
-    log_every: u64,
 }
 
 impl Recorder {
@@ -27,13 +26,7 @@ impl Recorder {
             metrics: Log::open(&directory.metrics_file(), resumed)?,
             console: console.clone(),
             steps: config.run.steps,
-            log_every: config.log.every_steps,
         })
-    }
-
-    /// True if the steps after `before`, up to `step`, have a line in the metrics even without an evaluation.
-    pub fn is_due(&self, before: u64, step: u64) -> bool {
-        step == self.steps || before == 0 || passes_multiple(before, step, self.log_every)
     }
 
     /// Writes one line of metrics, and one of log.
@@ -54,9 +47,14 @@ impl Recorder {
     fn log_line(&self, m: &Metrics) -> String {
         let width = self.steps.to_string().len();
         let val = m.val_loss.map_or(String::new(), |v| format!("  val {v:.4}"));
+        let ranks = m.ranks.map_or(String::new(), |ranks| {
+            let Balance { waiting, slowest, .. } = ranks;
+            let (waiting, excess) = (100.0 * waiting, 100.0 * ranks.excess());
+            format!("  ranks wait {waiting:.0} %, rank {slowest} computes longest (+{excess:.0} %)")
+        });
         let coset = m.coset.map_or(String::new(), |k| format!(" coset {k}"));
         format!(
-            "step {:width$}/{}  level {}{coset} ({} blocks)  loss {:.4}{val}  lr {:.2e}  grad {:.2e}  {:.0} tokens/s  {:.3} TFLOP  {:.1} s",
+            "step {:width$}/{}  level {}{coset} ({} blocks)  loss {:.4}{val}  lr {:.2e}  grad {:.2e}  {:.0} tokens/s  {:.3} TFLOP  {:.1} s{ranks}",
             m.step,
             self.steps,
             m.level,

@@ -3,6 +3,7 @@
 //! Signals and clocks differ between ranks; [`Schedule::wishes`] of all ranks are summed with the loss of each step, so that
 //! all ranks act on the same step.
 
+use crate::comm;
 use crate::config::Config;
 use crate::error::{Context, Result};
 use std::sync::Arc;
@@ -38,6 +39,7 @@ impl Schedule {
             for signal in [SIGTERM, SIGINT, SIGUSR1] {
                 signal_hook::flag::register(signal, signalled.clone())?;
             }
+            signal_hook::flag::register(SIGTERM, comm::told_to_end().clone())?;
             Ok(())
         };
         register().context("cannot register signal handlers")?;

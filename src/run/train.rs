@@ -1,5 +1,6 @@
 //! `train`: sets a run up, interprets its ops, saves and stops.
 
+use super::balance::Balance;
 use super::console::Console;
 use super::directory::RunDirectory;
 use super::environment;
@@ -86,6 +87,8 @@ struct Clock {
     line: Instant,
     line_tokens: u64,
     line_flops: u128,
+    /// What this rank had waited in collectives at that line.
+    line_waited: Duration,
 }
 
 impl Trainer {
@@ -111,8 +114,9 @@ impl Trainer {
         }
         let executor = Executor::new(comm, learner, places, &progress.plan)?;
         let peak_flops = environment::gemm_peak(comm)?;
+        let hosts = environment::hosts(comm)?;
         let root = if is_root {
-            directory.add_provenance(environment::provenance(&*comm, options.threads, peak_flops, &config.data.dir))?;
+            directory.add_provenance(environment::provenance(hosts, options.threads, peak_flops, &config.data.dir))?;
             let recorder = Recorder::open(&directory, &config, console, progress.step)?;
             Some(Root { recorder, peak_flops })
         } else {
@@ -122,7 +126,14 @@ impl Trainer {
         let mut trainer = Trainer {
             schedule: Schedule::new(&config, comm.rank())?,
             flops,
-            clock: Clock { start: now, before: progress.elapsed_s, line: now, line_tokens: 0, line_flops: flops.total },
+            clock: Clock {
+                start: now,
+                before: progress.elapsed_s,
+                line: now,
+                line_tokens: 0,
+                line_flops: flops.total,
+                line_waited: comm.waited(),
+            },
             saved_step: resumed.map(|_| progress.step),
             writer: agree(comm, Writer::new(&options.run_dir, &config, is_root))?,
             config,
@@ -257,19 +268,34 @@ impl Trainer {
         let evaluated = step == self.config.run.steps || passes_multiple(before, step, self.config.log.eval_every);
         let val_loss = if evaluated { self.executor.evaluate(comm)? } else { None };
         self.progress.elapsed_s = self.clock.before + self.clock.start.elapsed().as_secs_f64();
-        let Some(root) = &self.root else { return Ok(()) };
-        root.recorder.advance(step, report.main.loss);
-        if val_loss.is_none() && !root.recorder.is_due(before, step) {
+        if let Some(root) = &self.root {
+            root.recorder.advance(step, report.main.loss);
+        }
+        if val_loss.is_none() && !self.is_logged(before, step) {
             return Ok(());
         }
-        let main = self.metrics("smooth", work.main, report.main, root.peak_flops);
-        let coarse = work.coarse.zip(report.coarse);
-        let coarse = coarse.map(|(net, step)| self.metrics("beside", net, step, root.peak_flops));
-        (self.clock.line, self.clock.line_tokens, self.clock.line_flops) =
-            (Instant::now(), self.tokens(), self.flops.total);
-        let Some(root) = &mut self.root else { return Ok(()) };
-        let lines = coarse.into_iter().chain([Metrics { val_loss, ..main }]);
-        lines.into_iter().try_for_each(|line| root.recorder.record(&line))
+        let waited = comm.waited().saturating_sub(self.clock.line_waited);
+        let ranks = Balance::measure(comm, waited, self.clock.line.elapsed())?;
+        if let Some(peak_flops) = self.root.as_ref().map(|root| root.peak_flops) {
+            let main = Metrics { val_loss, ranks, ..self.metrics("smooth", work.main, report.main, peak_flops) };
+            let coarse = work.coarse.zip(report.coarse);
+            let coarse = coarse.map(|(net, step)| self.metrics("beside", net, step, peak_flops));
+            let lines = coarse.into_iter().chain([main]);
+            self.root
+                .as_mut()
+                .map_or(Ok(()), |root| lines.into_iter().try_for_each(|line| root.recorder.record(&line)))?;
+        }
+        let (tokens, flops) = (self.tokens(), self.flops.total);
+        let Clock { line, line_tokens, line_flops, line_waited, .. } = &mut self.clock;
+        (*line, *line_tokens, *line_flops, *line_waited) = (Instant::now(), tokens, flops, comm.waited());
+        Ok(())
+    }
+
+    /// Whether the steps after `before`, up to `step`, have a line of metrics even without an evaluation: the same on every
+    /// rank.
+    fn is_logged(&self, before: u64, step: u64) -> bool {
+        let Config { run, log, .. } = &self.config;
+        step == run.steps || before == 0 || passes_multiple(before, step, log.every_steps)
     }
 
     /// Tokens trained on.
@@ -297,6 +323,7 @@ impl Trainer {
             elapsed_s: progress.elapsed_s,
             tokens_per_s: (self.tokens() - clock.line_tokens) as f64 / seconds,
             mfu: Some((self.flops.total - clock.line_flops) as f64 / seconds / peak_flops),
+            ranks: None,
         }
     }
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Submits slurm/train.sbatch to a Slurm of this machine and checks that a run is stopped, requeued and continued:
+# Submits to a Slurm of this machine: slurm/train.sbatch, whose run is stopped, requeued and continued; and a scaling study,
+# from its configs to its report:
 #
 #     tests/slurm/run.sh VCYCLE
 #
@@ -18,7 +19,7 @@ cleanup() {
 }
 fail() {
     echo "FAILED: $*" >&2
-    cat "$dir/job.out" >&2 || true
+    tail -n 30 "$dir"/job.out "$dir"/scaling/output/* >&2 || true
     exit 1
 }
 # wait_for SECONDS WHAT COMMAND...
@@ -69,3 +70,25 @@ sed 's/.*"step":\([0-9]*\).*/\1/' "$dir/run/metrics.jsonl" | sort -c -n -u || fa
 tail -n 1 "$dir/run/metrics.jsonl" | grep -q "\"step\":$steps," || fail "the run did not get to step $steps"
 grep -qF "$before" "$dir/run/metrics.jsonl" || fail "the run started afresh instead of going on"
 echo "passed: trained on $ranks ranks under srun, stopped by a signal, requeued, continued to step $steps"
+
+study=$dir/scaling
+"$vcycle" scaling init "$dir/config.toml" --out "$study" --ranks-per-node "$(seq -s, "$ranks")" --repeats 2 --steps 20 \
+    --minutes 5 --set levels.count=2 --set cycle.kind=cascade --set 'cycle.fractions=[0.5, 0.5]'
+"$vcycle" scaling submit "$study" -- --comment=test
+[ "$(wc -l <"$study/jobs.txt")" -eq "$ranks" ] || fail "not every job array is in jobs.txt"
+queue_is_empty() { [ -z "$(squeue --noheader)" ]; }
+wait_for 120 "the end of the study" queue_is_empty
+"$vcycle" scaling report "$study" --csv "$dir/scaling.csv" --out "$dir/report.html" >"$dir/report.txt" 2>&1
+cat "$dir/report.txt"
+! grep -q warning "$dir/report.txt" || fail "the report warns"
+# Modes times numbers of ranks times levels, each with two runs, an efficiency and a deviation.
+rows=$((2 * ranks * 2))
+[ "$(grep -c ' ± .* ± .* ± ' "$dir/report.txt")" -eq "$rows" ] || fail "the report has not $rows rows with deviations"
+awk -F, -v rows="$rows" 'NR == 1 { for (i = 1; i <= NF; i++) column[$i] = i; next }
+    $column["runs"] != 2 || $column["step_s_mean"] <= 0 || $column["step_s_sd"] == "" || $column["efficiency_mean"] <= 0 { exit 1 }
+    $column["ranks"] == 1 && ($column["efficiency_mean"] < 0.99 || $column["exposed_mean"] != 0) { exit 1 }
+    $column["ranks"] == 2 && ($column["exposed_mean"] <= 0 || $column["exposed_mean"] >= 1) { exit 1 }
+    END { if (NR != rows + 1) exit 1 }' "$dir/scaling.csv" || fail "the figures of the report: $(cat "$dir/scaling.csv")"
+grep -q "hosts.$(hostname)" "$dir/report.html" || fail "the report has no provenance"
+"$vcycle" scaling submit "$study" | grep -q "are finished" || fail "finished runs are submitted again"
+echo "passed: a scaling study on 1 to $ranks ranks, from init to report"

@@ -1,13 +1,14 @@
 //! `vcycle bench`
 
 mod breakdown;
+mod machine;
 mod memory;
 mod overhead;
 mod scaling;
 mod step;
 
 use super::setting;
-use crate::comm::Solo;
+use crate::comm::{Solo, World};
 use crate::config::{self, Config};
 use crate::cycle::tokens_per_step;
 use crate::error::{Context, Outcome, Result};
@@ -18,7 +19,7 @@ use std::path::Path;
 use std::time::Instant;
 use tempfile::TempDir;
 
-/// Measure the speed of this machine at vcycle's work, on one rank and random tokens.
+/// Measure the speed of this machine at vcycle's work, on random tokens and, except for `machine`, one rank.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -33,13 +34,22 @@ enum Benchmark {
     Scaling(scaling::Args),
     /// What a run does between steps: switches of level, evaluation, a line of metrics.
     Overhead(overhead::Args),
+    Machine(machine::Args),
 }
 
-pub fn run(args: Args) -> Result<Outcome> {
+impl Args {
+    /// Whether it is for all ranks of a job.
+    pub fn is_collective(&self) -> bool {
+        matches!(self.benchmark, Benchmark::Machine(_))
+    }
+}
+
+pub fn run(args: Args, world: &mut World) -> Result<Outcome> {
     match args.benchmark {
         Benchmark::Step(args) => step::run(args),
         Benchmark::Scaling(args) => scaling::run(&args),
         Benchmark::Overhead(args) => overhead::run(&args),
+        Benchmark::Machine(args) => machine::run(&args, world),
     }
 }
 

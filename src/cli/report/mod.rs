@@ -1,8 +1,9 @@
-//! What `compare` and `study report` share: runs as read, plots, and the parts of an HTML page.
+//! What `compare`, `study report` and `scaling report` share: runs as read, plots, and the parts of an HTML page.
 
 pub mod html;
 pub mod plots;
 pub mod run;
+pub mod statistics;
 
 use crate::error::{Context, Result, ensure};
 use plots::Plot;

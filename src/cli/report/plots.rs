@@ -33,9 +33,9 @@ pub fn colors(index: usize) -> [RGBColor; 2] {
 }
 
 const WIDTH: u32 = 820;
-const HEIGHT: u32 = 430;
+pub const HEIGHT: u32 = 430;
 const PANEL_HEIGHT: u32 = 240;
-const FONT: (&str, u32) = ("sans-serif", 15);
+pub const FONT: (&str, u32) = ("sans-serif", 15);
 /// More switches than this are not marked one by one: they would cover the curve.
 const MARKED_SWITCHES: usize = 24;
 /// A validation plot's top over the loss to meet: the coarse levels show, and one per cent of the loss can be seen.
@@ -45,7 +45,7 @@ const TRAIN_ZOOM: f64 = 1.8;
 
 type Point = (f64, f64);
 type Chart<'a, 'b> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
-type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+pub type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
 /// One run, or the runs of several seeds.
 pub struct Series<'a> {
@@ -134,7 +134,7 @@ pub fn all(series: &[Series], target: &Target) -> Result<Vec<Plot>> {
 }
 
 /// An SVG of `height` pixels that `content` fills.
-fn draw(height: u32, content: impl FnOnce(Area) -> Result<()>) -> Result<String> {
+pub fn draw(height: u32, content: impl FnOnce(Area) -> Result<()>) -> Result<String> {
     let mut svg = String::new();
     let area = SVGBackend::with_string(&mut svg, (WIDTH, height)).into_drawing_area();
     area.fill(&GROUND[0])?;
@@ -358,7 +358,7 @@ fn zoomed(curves: &[Vec<Point>], top: f64) -> Range<f64> {
 }
 
 /// A tick label without the digits that floating-point steps leave behind.
-fn short(value: f64) -> String {
+pub fn short(value: f64) -> String {
     let text = format!("{value:.4}");
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }

@@ -7,7 +7,6 @@ mod plan;
 mod report;
 mod runner;
 mod state;
-mod statistics;
 
 use crate::error::{Context, Outcome, Result};
 use crate::run::resolve_vocab;

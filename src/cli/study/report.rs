@@ -3,9 +3,9 @@
 use super::file::Study;
 use super::plan::{Choice, Point, shown};
 use super::state::State;
-use super::statistics::Statistic;
 use crate::cli::report::plots::{Series, Target, Trace};
 use crate::cli::report::run::{Cost, Run, Saving, incomparable};
+use crate::cli::report::statistics::Statistic;
 use crate::cli::text::{percent, table, tera};
 use crate::error::Result;
 use serde::Serialize;

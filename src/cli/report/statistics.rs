@@ -1,4 +1,4 @@
-//! Mean and standard deviation over seeds.
+//! Mean and standard deviation over runs.
 
 use serde::Serialize;
 
@@ -23,8 +23,18 @@ impl Statistic {
 
     /// `1.6432 ± 0.0031`
     pub fn text(&self) -> String {
-        let sd = self.sd.map_or(String::new(), |sd| format!(" ± {sd:.4}"));
-        format!("{:.4}{sd}", self.mean).replace('-', "−")
+        self.rounded(4)
+    }
+
+    /// As [`Statistic::text`], to `decimals` digits after the point.
+    pub fn rounded(&self, decimals: usize) -> String {
+        let sd = self.sd.map_or(String::new(), |sd| format!(" ± {sd:.decimals$}"));
+        format!("{:.decimals$}{sd}", self.mean).replace('-', "−")
+    }
+
+    /// Of the values times `factor`.
+    pub fn scaled(&self, factor: f64) -> Statistic {
+        Statistic { mean: factor * self.mean, sd: self.sd.map(|sd| factor.abs() * sd) }
     }
 
     /// A fraction as `52.1 ± 1.2 %`.
@@ -50,5 +60,6 @@ mod tests {
         let two = Statistic { mean: -0.5, sd: Some(0.0123) };
         assert_eq!((two.text(), two.percent()), ("−0.5000 ± 0.0123".to_owned(), "−50.0 ± 1.2 %".to_owned()));
         assert_eq!(Statistic { mean: 1.5, sd: None }.text(), "1.5000");
+        assert_eq!(two.scaled(-1e3).rounded(0), "500 ± 12");
     }
 }

@@ -1,0 +1,209 @@
+//! What a run of a config on K ranks of a machine will take, level by level.
+//!
+//! ```text
+//! compute   t_c = ⌈B_l/K⌉ F_l / (B_l φ)         F_l: FLOPs of a step of B_l sequences, φ: FLOP/s of a rank
+//! update    t_u = 4 (5 + 2m) (N_l P + E) / μ    m moments; μ: bytes/s of memory
+//! sums      the messages that gradient buckets make of N_l rows of P values and the ends' E, in their order
+//! step      t = t_c + exposed + t_u             exposed: what of the sums ends after t_c, and the loss's own sum
+//! ```
+//!
+//! A row is ready when its block is differentiated: a third of a micro-batch's time is forward, then come the head and
+//! the blocks from the last to the first. Messages go one after another; a sum that starts while ranks compute moves at
+//! `overlap` of its speed until t_c. The update reads the gradient for its norm and zeroes it (2), reads θ, g and the
+//! moments and writes θ and the moments (3 + 2m).
+
+use super::Machine;
+use crate::comm::Buckets;
+use crate::config::Config;
+use crate::cycle::{self, Phase};
+use crate::model::{Flops, Layout, Spec, step_flops};
+use crate::{optim, run};
+use serde::Serialize;
+
+/// The forecast for one number of ranks.
+#[derive(Clone, Debug, Serialize)]
+pub struct Forecast {
+    pub machine: String,
+    pub ranks: usize,
+    pub nodes: usize,
+    pub levels: Vec<LevelForecast>,
+    /// All steps of the cycle; no switches, evaluations or checkpoints.
+    pub seconds: f64,
+    /// As many steps on the fine level alone.
+    pub flat_seconds: f64,
+}
+
+/// Seconds of one step on a level, on the rank with the most sequences.
+#[derive(Clone, Debug, Serialize)]
+pub struct LevelForecast {
+    pub level: usize,
+    pub rows: usize,
+    pub compute_s: f64,
+    pub update_s: f64,
+    /// All sums, hidden and exposed.
+    pub sums_s: f64,
+    pub exposed_s: f64,
+    pub step_s: f64,
+    /// t(1 rank, the same batch) / (K t(K ranks)).
+    pub efficiency: f64,
+    pub tokens_per_s: f64,
+}
+
+/// A sum of `values` f32, ready at `ready` seconds.
+struct Message {
+    ready: f64,
+    values: usize,
+}
+
+impl Forecast {
+    /// `config` with its vocabulary resolved; `ranks` from 1 to its smallest batch.
+    pub fn new(config: &Config, machine: &Machine, ranks: usize) -> Forecast {
+        let spec = Spec::new(config);
+        let levels: Vec<LevelForecast> =
+            (0..config.levels.count).map(|level| LevelForecast::new(config, &spec, machine, ranks, level)).collect();
+        let phases = cycle::plan_flops(config, &spec, &cycle::plan(config));
+        let seconds = |&Phase { level, steps, .. }: &Phase| steps as f64 * levels[level].step_s;
+        Forecast {
+            machine: machine.name.clone(),
+            ranks,
+            nodes: machine.shape(ranks).0,
+            seconds: phases.iter().map(seconds).sum(),
+            flat_seconds: config.run.steps as f64 * levels[0].step_s,
+            levels,
+        }
+    }
+}
+
+impl LevelForecast {
+    fn new(config: &Config, spec: &Spec, machine: &Machine, ranks: usize, level: usize) -> LevelForecast {
+        let rows = config.rows(level);
+        let tokens = cycle::tokens_per_step(config, level) as f64;
+        let update_s = update_seconds(config, spec, machine, rows);
+        let one_rank = compute_seconds(config, spec, machine, level, 1) + update_s;
+        let compute_s = compute_seconds(config, spec, machine, level, ranks);
+        let messages = messages(config, spec, machine, level, ranks);
+        let seconds = |values: usize| machine.sum.seconds(machine, 4.0 * values as f64, ranks);
+        let sums_s = messages.iter().map(|message| seconds(message.values)).sum();
+        let end = last_end(&messages, compute_s, machine.overlap, seconds);
+        // The loss with two wishes, in f64: all ranks wait for it.
+        let exposed_s = if ranks > 1 { (end - compute_s).max(0.0) + seconds(6) } else { 0.0 };
+        let step_s = compute_s + exposed_s + update_s;
+        LevelForecast {
+            level,
+            rows,
+            compute_s,
+            update_s,
+            sums_s,
+            exposed_s,
+            step_s,
+            efficiency: one_rank / (ranks as f64 * step_s),
+            tokens_per_s: tokens / step_s,
+        }
+    }
+
+    /// Share of the step in which ranks wait for sums.
+    pub fn exposed(&self) -> f64 {
+        self.exposed_s / self.step_s
+    }
+}
+
+/// t_c
+fn compute_seconds(config: &Config, spec: &Spec, machine: &Machine, level: usize, ranks: usize) -> f64 {
+    let sequences = config.batch(level).div_ceil(ranks) as f64;
+    sequences * sequence_flops(config, spec, level).total as f64 / machine.flops
+}
+
+/// F_l / B_l
+fn sequence_flops(config: &Config, spec: &Spec, level: usize) -> Flops {
+    step_flops(spec, config.rows(level), config.data.context as u64)
+}
+
+/// t_u
+fn update_seconds(config: &Config, spec: &Spec, machine: &Machine, rows: usize) -> f64 {
+    let moments = optim::new(&config.optimizer).moments().len();
+    let parameters = rows * Layout::block(spec).len() + Layout::ends(spec).len();
+    (4 * (5 + 2 * moments) * parameters) as f64 / machine.memory_bandwidth
+}
+
+/// The sums of a step's gradient, in their order.
+fn messages(config: &Config, spec: &Spec, machine: &Machine, level: usize, ranks: usize) -> Vec<Message> {
+    let (rows, flops) = (config.rows(level), sequence_flops(config, spec, level));
+    let end = compute_seconds(config, spec, machine, level, ranks);
+    // Only the backward pass of the last micro-batch gives final rows.
+    let (share, micro_batch) = (config.batch(level).div_ceil(ranks), run::micro_batch(config, ranks));
+    let last = if share.is_multiple_of(micro_batch) { micro_batch } else { share % micro_batch };
+    let backward_of_a_block = 2.0 / 3.0 * last as f64 * flops.blocks as f64 / rows as f64 / machine.flops;
+    let widths: Vec<usize> = (0..rows).map(|_| Layout::block(spec).len()).chain([Layout::ends(spec).len()]).collect();
+    let ready = |added: usize| end - rows.saturating_sub(added) as f64 * backward_of_a_block;
+    Buckets::cut(&widths).into_iter().map(|(added, values)| Message { ready: ready(added), values }).collect()
+}
+
+/// When the last of `messages`, which take `seconds` alone, has been summed, if ranks compute until `computed`.
+fn last_end(messages: &[Message], computed: f64, overlap: f64, seconds: impl Fn(usize) -> f64) -> f64 {
+    messages.iter().fold(0.0, |free: f64, message| {
+        let (start, work) = (message.ready.max(free), seconds(message.values));
+        let hidden = ((computed - start).max(0.0) * overlap).min(work);
+        if hidden < work { start.max(computed) + work - hidden } else { start + work / overlap }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::file::tests::machine;
+    use super::*;
+    use crate::config;
+    use proptest::prelude::*;
+
+    fn config(extra: &str) -> Config {
+        let text = "[data]\ndir = 'x'\ncontext = 32\nbatch = 64\n[model]\nvocab = 64\nwidth = 64\nheads = 2\ndepth = 8\n\
+                    [levels]\ncount = 3\n[cycle]\nkind = 'cascade'\nfractions = [0.4, 0.3, 0.3]\n[run]\nsteps = 30\n";
+        config::parse(&format!("{text}{extra}"), &[]).unwrap()
+    }
+
+    #[test]
+    fn one_rank_computes_and_updates() {
+        let (config, machine) = (config(""), machine());
+        let forecast = Forecast::new(&config, &machine, 1);
+        for level in &forecast.levels {
+            let flops = step_flops(&Spec::new(&config), level.rows, 64 * 32).total as f64;
+            assert!((level.compute_s - flops / 1e12).abs() < 1e-9 * level.compute_s, "{level:?}");
+            assert_eq!((level.exposed_s, level.efficiency, level.sums_s), (0.0, 1.0, 0.0));
+            assert_eq!(level.step_s, level.compute_s + level.update_s);
+        }
+        let each: f64 = forecast.levels.iter().zip([9.0, 9.0, 12.0]).map(|(level, steps)| steps * level.step_s).sum();
+        assert!((forecast.seconds - each).abs() < 1e-12 && forecast.seconds < forecast.flat_seconds);
+    }
+
+    #[test]
+    fn a_sum_moves_slower_while_ranks_compute() {
+        let end = |ready: &[f64], overlap| {
+            let messages: Vec<Message> = ready.iter().map(|&ready| Message { ready, values: 1 }).collect();
+            last_end(&messages, 10.0, overlap, |_| 2.0)
+        };
+        assert_eq!(end(&[4.0], 1.0), 6.0);
+        assert_eq!(end(&[4.0], 0.5), 8.0);
+        assert_eq!(end(&[4.0], 0.0), 12.0);
+        assert_eq!(end(&[4.0, 5.0], 0.5), 11.0);
+        assert_eq!(end(&[9.0, 10.0], 1.0), 13.0);
+        assert_eq!(end(&[], 1.0), 0.0);
+    }
+
+    proptest! {
+        /// Nothing beats the ideal, and a faster network never makes a step slower.
+        #[test]
+        fn forecasts_are_ordered(ranks in 1usize..=64, overlap in 0.0f64..=1.0, speed in 1.0f64..100.0) {
+            let (config, mut slow) = (config(""), machine());
+            slow.overlap = overlap;
+            let mut fast = slow.clone();
+            for link in [&mut fast.within, &mut fast.between] {
+                (link.latency, link.bandwidth) = (link.latency / speed, link.bandwidth * speed);
+            }
+            let levels = |machine| Forecast::new(&config, machine, ranks).levels;
+            for (slow, fast) in levels(&slow).iter().zip(levels(&fast)) {
+                prop_assert!(slow.efficiency <= 1.0 + 1e-12 && slow.exposed_s >= 0.0);
+                prop_assert!(fast.step_s <= slow.step_s * (1.0 + 1e-12));
+                prop_assert!(slow.exposed_s <= slow.sums_s * (1.0 + 1e-12) + 1e-3);
+            }
+        }
+    }
+}
