@@ -21,27 +21,46 @@ struct alignas(8) FragmentB {
 __device__ inline int lane_row() { return threadIdx.x % WARP_SIZE / 4; }        // g
 __device__ inline int lane_column() { return threadIdx.x % WARP_SIZE % 4 * 2; } // 2t
 
+// The fragments of all lanes, in reach of each.
 #ifdef VCYCLE_EMULATE
-template <class S>
-S from_lane(const S& value, int lane) {
-    return emulate::Exchange<S>(value)[lane];
-}
+struct Lanes {
+    struct Both {
+        FragmentA<float> a;
+        FragmentB<float> b;
+    };
+    emulate::Exchange<Both> all;
+    Lanes(const FragmentA<float>& a, const FragmentB<float>& b) : all(Both{a, b}) {}
+    FragmentA<float> a(int lane) const { return all[lane].a; }
+    FragmentB<float> b(int lane) const { return all[lane].b; }
+};
 #else
-template <class S>
-__device__ inline S from_lane(const S& value, int lane) {
-    S result;
+struct Lanes {
+    const FragmentA<float>& own_a;
+    const FragmentB<float>& own_b;
+    __device__ Lanes(const FragmentA<float>& a, const FragmentB<float>& b) : own_a(a), own_b(b) {}
+    __device__ FragmentA<float> a(int lane) const {
+        FragmentA<float> result;
 #pragma unroll
-    for (int i = 0; i < int(sizeof(S) / sizeof(float)); ++i) result.x[i] = __shfl_sync(ALL_LANES, value.x[i], lane);
-    return result;
-}
+        for (int i = 0; i < 8; ++i) result.x[i] = __shfl_sync(ALL_LANES, own_a.x[i], lane);
+        return result;
+    }
+    __device__ FragmentB<float> b(int lane) const {
+        FragmentB<float> result;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) result.x[i] = __shfl_sync(ALL_LANES, own_b.x[i], lane);
+        return result;
+    }
+};
 #endif
 
 __device__ inline void multiply_add(float (&c)[4], const FragmentA<float>& a, const FragmentB<float>& b) {
     int g = lane_row(), column = lane_column();
-#pragma unroll
+    Lanes lanes(a, b);
+// Not unrolled: there is much of this code, and it need not be fast.
+#pragma unroll 1
     for (int t = 0; t < 4; ++t) {
-        FragmentA<float> row = from_lane(a, 4 * g + t);
-        FragmentB<float> left = from_lane(b, 4 * column + t), right = from_lane(b, 4 * (column + 1) + t);
+        FragmentA<float> row = lanes.a(4 * g + t);
+        FragmentB<float> left = lanes.b(4 * column + t), right = lanes.b(4 * (column + 1) + t);
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             int i = k % 2 + k / 2 * 4; // the k-th of this lane's columns of A, in row g; two further in row g+8

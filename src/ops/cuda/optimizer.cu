@@ -1,7 +1,7 @@
 // Update rules in one pass over the elements of a row, optim/: each of θ, gradient and moments is read and written once. All float.
 #include "common.cuh"
 
-// Stretches of a row that a rule updates; `keep` is 1 - η λ where θ decays, else 1. As in optim/cuda.rs.
+// Elements begin … end-1 of a row, and the factor on θ: 1 - η λ or 1. As in kernels.rs.
 extern "C" {
 struct Stretch {
     size_t begin, end;
@@ -15,7 +15,7 @@ struct Stretches {
 
 namespace {
 
-// θ, gradient and moments at i; the stretch's keep, or a negative number where the rule does not apply.
+// The keep of the stretch that holds element i, or a negative number where the rule does not apply.
 __device__ inline float keep_at(const Stretches& stretches, size_t i) {
     for (int s = 0; s < stretches.count; ++s)
         if (i >= stretches.of[s].begin && i < stretches.of[s].end) return stretches.of[s].keep;
