@@ -24,20 +24,22 @@ fn record_commit() {
     }
 }
 
-/// src/ops/cuda/*.cu → libvcycle_kernels.a: machine code for A100 and H100, and PTX for what comes after.
+/// src/ops/cuda/*.cu → libvcycle_kernels.a.
 fn compile_kernels() {
     let folder = Path::new("src/ops/cuda");
-    println!("cargo::rerun-if-changed={}", folder.display());
     let entries = folder.read_dir().expect("the folder of the kernels");
     let mut sources: Vec<PathBuf> = entries.map(|entry| entry.expect("a file").path()).collect();
-    sources.retain(|path| path.extension().is_some_and(|extension| extension == "cu"));
+    let is = |path: &Path, kind: &str| path.extension().is_some_and(|extension| extension == kind);
+    sources.retain(|path| is(path, "cu") || is(path, "cuh") || is(path, "options"));
     sources.sort();
+    sources.iter().for_each(|path| println!("cargo::rerun-if-changed={}", path.display()));
+    sources.retain(|path| is(path, "cu"));
 
     let output = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let status = Command::new(nvcc())
-        .args(["-lib", "-std=c++20", "-O3", "-Xcompiler", "-fPIC", "-Werror", "all-warnings"])
-        .args(["-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=[sm_90,compute_90]"])
-        .args(["--threads", &env::var("NUM_JOBS").unwrap_or_else(|_| "1".into())])
+        .arg("--options-file")
+        .arg(folder.join("nvcc.options"))
+        .args(["-lib", "--threads", &env::var("NUM_JOBS").unwrap_or_else(|_| "1".into())])
         .arg("-o")
         .arg(output.join("libvcycle_kernels.a"))
         .args(&sources)

@@ -34,9 +34,13 @@ if [ "$(cat "$folder/complete" 2>/dev/null)" != "${wheels[*]}" ]; then
         name=${library##*/}
         ln -sfn "$name" "$toolkit/lib/${name%%.so.*}.so"
     done
-    # The linker wants a libcuda; the real one comes with the driver.
+    # The linker wants a libcuda; the real one comes with the driver. In this one every function answers
+    # CUDA_ERROR_NO_DEVICE.
     mkdir -p "$toolkit/lib/stubs"
-    echo | "${CC:-cc}" -shared -x c - -Wl,-soname,libcuda.so.1 -o "$toolkit/lib/stubs/libcuda.so"
+    grep -oE '\bcu[A-Z][A-Za-z0-9_]*' "$toolkit/include/cuda.h" | sort -u |
+        sed 's/.*/int &(void) { return 100; }/' >"$folder/libcuda.c"
+    "${CC:-cc}" -shared -fPIC -w "$folder/libcuda.c" -Wl,-soname,libcuda.so.1 -o "$toolkit/lib/stubs/libcuda.so.1"
+    ln -sfn libcuda.so.1 "$toolkit/lib/stubs/libcuda.so"
     echo "${wheels[*]}" >"$folder/complete"
 fi
 

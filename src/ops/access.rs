@@ -1,4 +1,5 @@
-//! Typed access to the elements of contiguous CPU tensors, without copies, and the checks every op makes of its arguments.
+//! Typed access to the elements of contiguous tensors, on the CPU without copies, and the checks every op makes of its
+//! arguments.
 //!
 //! Reading holds a read lock of the storage, writing its write lock ([`check`] refuses the argument lists that would
 //! wait for themselves).
@@ -105,35 +106,40 @@ pub fn check_indices(op: &str, what: &str, indices: &[u32], end: usize) -> Resul
     }
 }
 
-struct Elements<G, T> {
-    storage: G,
-    range: Range<usize>,
-    as_slice: fn(&CpuStorage) -> candle_core::Result<&[T]>,
+enum Elements<G, T> {
+    Cpu { storage: G, range: Range<usize>, as_slice: fn(&CpuStorage) -> candle_core::Result<&[T]> },
+    Copied(Vec<T>),
 }
 
 impl<G: Deref<Target = Storage>, T> Deref for Elements<G, T> {
     type Target = [T];
     fn deref(&self) -> &[T] {
-        match &*self.storage {
-            Storage::Cpu(storage) => match (self.as_slice)(storage) {
-                Ok(data) => &data[self.range.clone()],
-                Err(_) => unreachable!("`read` has checked the dtype"),
+        match self {
+            Elements::Copied(values) => values,
+            Elements::Cpu { storage, range, as_slice } => match &**storage {
+                Storage::Cpu(storage) => match as_slice(storage) {
+                    Ok(data) => &data[range.clone()],
+                    Err(_) => unreachable!("`read` has checked the dtype"),
+                },
+                _ => unreachable!("`read` has checked the device"),
             },
-            _ => unreachable!("`read` has checked the device"),
         }
     }
 }
 
-/// The elements of a contiguous CPU tensor, read-locked until dropped.
+/// The elements of a contiguous tensor: on the CPU the tensor's own, read-locked until dropped, from a GPU a copy.
 pub fn read<T: WithDType>(tensor: &Tensor) -> Result<impl Deref<Target = [T]>> {
     let (storage, layout) = tensor.storage_and_layout();
     let range = contiguous_range(layout)?;
-    ensure!(matches!(&*storage, Storage::Cpu(_)), "expected a tensor on the CPU, it is on {:?}", tensor.device());
     ensure!(tensor.dtype() == T::DTYPE, "expected a tensor of {:?}, it is {:?}", T::DTYPE, tensor.dtype());
-    Ok(Elements { storage, range, as_slice: T::cpu_storage_as_slice })
+    if matches!(&*storage, Storage::Cpu(_)) {
+        return Ok(Elements::Cpu { storage, range, as_slice: T::cpu_storage_as_slice });
+    }
+    drop(storage);
+    Ok(Elements::Copied(tensor.flatten_all()?.to_vec1()?))
 }
 
-/// Calls `f` with the elements of a contiguous CPU tensor, write-locked meanwhile.
+/// Calls `f` with the elements of a contiguous tensor, write-locked meanwhile; those of a GPU are copied here and back.
 pub fn write<T: Real, R>(tensor: &Tensor, f: impl FnOnce(&mut [T]) -> Result<R>) -> Result<R> {
     write_as(tensor, T::slice_mut, f)
 }
@@ -144,6 +150,12 @@ fn write_as<T, R>(
     f: impl FnOnce(&mut [T]) -> Result<R>,
 ) -> Result<R> {
     let range = contiguous_range(tensor.layout())?;
+    if !tensor.device().is_cpu() {
+        let host = tensor.flatten_all()?.to_device(&candle_core::Device::Cpu)?.force_contiguous()?;
+        let result = write_as(&host, as_slice, f)?;
+        tensor.flatten_all()?.slice_set(&host.to_device(tensor.device())?, 0, 0)?;
+        return Ok(result);
+    }
     let result = Cell::new(None);
     let f = Cell::new(Some(f));
     tensor.inplace_op1(&Write(|storage: &mut CpuStorage| {

@@ -4,6 +4,7 @@
 //! how far the run is; `recorder` writes metrics and the log; `stop` says when to save or stop.
 
 mod console;
+mod device;
 mod directory;
 mod environment;
 mod gradient;

@@ -1,6 +1,7 @@
 //! `train`: sets a run up, interprets its ops, saves and stops.
 
 use super::console::Console;
+use super::device::refuse_shared_gpus;
 use super::directory::RunDirectory;
 use super::environment;
 use super::gradient::Target;
@@ -87,6 +88,7 @@ impl Trainer {
         agree(comm, if is_root { directory.prepare(&config, options.resume) } else { Ok(()) })?;
         let learner = Learner::new(&config, comm);
         let mut learner = agree(comm, learner)?;
+        refuse_shared_gpus(comm, learner.hierarchy.ends().theta.device())?;
         let mut progress = Progress::new(cycle::plan(&config));
         let resumed = newest_checkpoint(&options.run_dir, options.resume, comm)?;
         if let Some(checkpoint) = &resumed {

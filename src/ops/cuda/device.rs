@@ -16,8 +16,17 @@ pub struct Selected {
     pub device: Device,
     pub ordinal: usize,
     pub name: String,
-    /// Tells this GPU from all others, also where processes see different ones under the same number.
-    pub uuid: [u8; 16],
+}
+
+/// How many GPUs this process sees; 0 where there is no driver.
+pub fn visible() -> usize {
+    CudaContext::device_count().map_or(0, |count| count as usize)
+}
+
+/// Tells a GPU from all others, also where processes see different ones under the same number.
+pub fn uuid(device: &CudaDevice) -> Result<[u8; 16]> {
+    let uuid = device.cuda_stream().context().uuid().map_err(driver_error)?;
+    Ok(uuid.bytes.map(|byte| byte as u8))
 }
 
 /// The GPU of the rank that is the `local_rank`-th of its node: the only one where one is visible (the launcher has bound each
@@ -46,11 +55,10 @@ pub fn select(local_rank: usize) -> Result<Selected> {
         LEAST_CAPABILITY.1
     );
     keep_memory(ordinal)?;
-    let uuid = context.uuid().map_err(driver_error)?.bytes.map(|byte| byte as u8);
     let device = CudaDevice::new_with_stream(ordinal).with_context(|| format!("cannot use GPU {ordinal} ({name})"))?;
     // SAFETY: all work of this process is on the device's one stream; nothing waits for events.
     unsafe { device.disable_event_tracking() };
-    Ok(Selected { device: Device::Cuda(device), ordinal, name, uuid })
+    Ok(Selected { device: Device::Cuda(device), ordinal, name })
 }
 
 /// Freed memory stays in the process's pool: by default it would go back to the driver at each synchronisation.

@@ -63,12 +63,13 @@ __global__ void __launch_bounds__(SORT_THREADS)
     for (size_t i = run * RUN; i < (run + 1) * RUN && i < n; ++i) {
         uint32_t token = from.tokens[i] < vocab ? from.tokens[i] : vocab; // one value for all that are unknown
         uint32_t place = own[token >> shift & (DIGITS - 1)][threadIdx.x]++;
-        if (!MOVE) continue;
-        to.tokens[place] = token;
-        to.positions[place] = shift == 0 ? uint32_t(i) : from.positions[i];
+        if constexpr (MOVE) {
+            to.tokens[place] = token;
+            to.positions[place] = shift == 0 ? uint32_t(i) : from.positions[i];
+        }
     }
-    if (MOVE) return;
-    for (int digit = 0; digit < DIGITS; ++digit) counts[digit * runs + run] = own[digit][threadIdx.x];
+    if constexpr (!MOVE)
+        for (int digit = 0; digit < DIGITS; ++digit) counts[digit * runs + run] = own[digit][threadIdx.x];
 }
 
 // counts = Σ of those before, by one block, each thread with a stretch of them.

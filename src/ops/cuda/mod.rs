@@ -15,7 +15,7 @@ mod kernels;
 mod tests;
 
 #[cfg(feature = "cuda")]
-pub use device::{Selected, select};
+pub use device::{Selected, select, uuid, visible};
 pub use kernels::{AdamWRule, Address, Kernels, Stream, Stretch, Stretches};
 
 use super::access::no_kernel;
