@@ -58,8 +58,12 @@ fn compile_kernels() {
     println!("cargo::rustc-link-lib=dylib=stdc++");
 }
 
-/// $CUDA_HOME/bin/nvcc, or the one on the path.
+/// $NVCC, $CUDA_HOME/bin/nvcc, or the one on the path.
 fn nvcc() -> PathBuf {
+    println!("cargo::rerun-if-env-changed=NVCC");
+    if let Some(nvcc) = env::var_os("NVCC") {
+        return nvcc.into();
+    }
     for variable in ["CUDA_HOME", "CUDA_PATH", "CUDA_ROOT"] {
         println!("cargo::rerun-if-env-changed={variable}");
         if let Some(home) = env::var_os(variable) {
