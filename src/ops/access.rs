@@ -234,8 +234,8 @@ pub fn cast(source: &Tensor, out: &Tensor) -> Result<()> {
         });
     }
     match (source.dtype(), out.dtype()) {
-        (DType::F32, DType::BF16) => cast_slices(&*read::<f32>(source)?, out, bf16_slice, bf16::from_f32),
-        (DType::BF16, DType::F32) => cast_slices(&*read::<bf16>(source)?, out, f32::slice_mut, bf16::to_f32),
+        (DType::F32, DType::BF16) => cast_slices(&read::<f32>(source)?, out, bf16_slice, bf16::from_f32),
+        (DType::BF16, DType::F32) => cast_slices(&read::<bf16>(source)?, out, f32::slice_mut, bf16::to_f32),
         (from, to) => bail!("{OP}: from {from:?} to {to:?} is not between F32 and BF16"),
     }
 }

@@ -83,11 +83,11 @@ fn driver_error(error: result::DriverError) -> crate::error::Error {
     )
 }
 
-pub fn stream(device: &CudaDevice) -> Stream {
+/// The device's stream; its context is this thread's from now on, as launches take the one that is current.
+pub fn stream(device: &CudaDevice) -> Result<Stream> {
     let stream = device.cuda_stream();
-    // The kernels' launches take the context that is current.
-    let _ = stream.context().bind_to_thread();
-    Stream(stream.cu_stream().cast())
+    stream.context().bind_to_thread().map_err(driver_error)?;
+    Ok(Stream(stream.cu_stream().cast()))
 }
 
 /// Where a contiguous tensor begins.
@@ -140,6 +140,7 @@ pub fn multiply(
     let operation = |operand: &Operand| if operand.transposed { CUBLAS_OP_T } else { CUBLAS_OP_N };
     let int = |n: usize| super::length("matrix product", "dimension", n);
     let (alpha, beta) = (alpha as f32, beta as f32);
+    stream(device)?;
     // SAFETY: the operands describe matrices in the device's memory.
     let done = unsafe {
         blas::gemm_ex(
