@@ -29,10 +29,10 @@ pub struct Args {
 
 pub fn run(args: Args) -> Result<Outcome> {
     let mut config = args.config.load()?;
-    let batch = config.data.batch;
+    let (batch, _) = config.batches();
     ensure!(
         (1..=batch).contains(&args.ranks),
-        "--ranks {}: expected 1 to data.batch = {batch}, a sequence for each rank",
+        "--ranks {}: expected 1 to {batch}, the smallest batch (data.batch, levels.batch): a sequence for each rank",
         args.ranks
     );
     let has_size = config.data.dir.exists() || config.model.vocab.is_some();
@@ -85,6 +85,8 @@ struct LevelRow {
     level: usize,
     rows: usize,
     h: f64,
+    /// Sequences in a global batch.
+    batch: usize,
     /// Parameters of a net on this level, ends included.
     parameters: u64,
     /// One optimizer step.
@@ -122,7 +124,7 @@ impl Plan {
     /// `config` with its vocabulary resolved.
     fn new(config: &Config, ranks: usize) -> Plan {
         let spec = Spec::new(config);
-        let tokens_per_step = cycle::tokens_per_step(config);
+        let tokens_per_step = cycle::tokens_per_step(config, 0);
         let phases = cycle::plan_flops(config, &spec, &cycle::plan(config));
         let work = cycle::total(&phases);
         let flat = step_flops(&spec, config.rows(0), tokens_per_step) * config.run.steps;
@@ -162,11 +164,12 @@ impl Plan {
 
     fn levels_table(&self) -> String {
         let row = |level: &LevelRow| {
-            let LevelRow { level, rows, h, parameters, step } = level;
+            let LevelRow { level, rows, h, batch, parameters, step } = level;
             let (total, blocks) = (tera(step.flops_total), tera(step.flops_blocks));
-            [level.to_string(), rows.to_string(), h.to_string(), count(*parameters), total, blocks]
+            let [level, rows, batch] = [level, rows, batch].map(usize::to_string);
+            [level, rows, h.to_string(), count(*parameters), batch, total, blocks]
         };
-        let head = ["level", "blocks", "h", "parameters", "TFLOP a step", "without head"].map(str::to_owned);
+        let head = ["level", "blocks", "h", "parameters", "batch", "TFLOP a step", "without head"].map(str::to_owned);
         table(&std::iter::once(head).chain(self.levels.iter().map(row)).collect::<Vec<_>>())
     }
 
@@ -216,8 +219,8 @@ impl LevelRow {
     fn new(config: &Config, spec: &Spec, level: usize) -> LevelRow {
         let rows = config.rows(level);
         let parameters = (rows * Layout::block(spec).len() + Layout::ends(spec).len()) as u64;
-        let step = step_flops(spec, rows, cycle::tokens_per_step(config)).into();
-        LevelRow { level, rows, h: config.step_size(level), parameters, step }
+        let step = step_flops(spec, rows, cycle::tokens_per_step(config, level)).into();
+        LevelRow { level, rows, h: config.step_size(level), batch: config.batch(level), parameters, step }
     }
 }
 

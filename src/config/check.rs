@@ -5,11 +5,12 @@ use crate::error::{Result, bail, ensure};
 
 /// Fills what was not given and depends on other keys.
 pub fn resolve(config: &mut Config) {
-    let Config { model, levels, cycle, schedule, .. } = config;
+    let Config { data, model, levels, cycle, schedule, .. } = config;
     model.horizon.get_or_insert(match model.parametrization {
         Parametrization::Standard => model.depth as f64,
         Parametrization::CompleteP => 1.0,
     });
+    levels.batch.get_or_insert_with(|| vec![data.batch; levels.count]);
     schedule.level_multipliers.get_or_insert_with(|| vec![1.0; levels.count]);
     if cycle.fractions.is_none() && levels.count > 0 {
         cycle.fractions = default_fractions(cycle.kind, levels.count);
@@ -20,12 +21,14 @@ pub fn resolve(config: &mut Config) {
 fn default_fractions(kind: CycleKind, count: usize) -> Option<Vec<f64>> {
     match kind {
         CycleKind::Paper => Some(vec![0.5, 0.5]),
-        CycleKind::Adaptive if count > 1 => {
-            let mut fractions = vec![0.5 / (count - 1) as f64; count];
-            fractions[0] = 0.5;
+        // The best found: docs/CHOOSING.md.
+        CycleKind::Cascade | CycleKind::Adaptive => {
+            let finer = count as f64 - 1.0;
+            let share = f64::min(0.1, 0.5 / finer);
+            let mut fractions = vec![share; count];
+            fractions[0] = 1.0 - finer * share;
             Some(fractions)
         }
-        CycleKind::Cascade | CycleKind::Adaptive => Some(vec![1.0 / count as f64; count]),
         _ => None,
     }
 }
@@ -98,6 +101,7 @@ fn check_levels(config: &Config) -> Result<()> {
     );
     within("levels.alpha", levels.alpha, 0.0, 2.0)?;
     at_least_one("levels.coherence_batches", levels.coherence_batches)?;
+    check_batches(config)?;
     if levels.transfer == TransferKind::Injection {
         // A coset is a view: what it learns is already in the fine trajectory, and so is its optimizer state.
         ensure!(
@@ -125,6 +129,22 @@ fn check_levels(config: &Config) -> Result<()> {
         );
     }
     Ok(())
+}
+
+fn check_batches(config: &Config) -> Result<()> {
+    let (batches, data) = (config.levels.batch.as_deref().unwrap_or_default(), &config.data);
+    ensure!(
+        batches.len() == config.levels.count,
+        "levels.batch has {} entries: expected levels.count = {}",
+        batches.len(),
+        config.levels.count
+    );
+    ensure!(
+        batches[0] == data.batch,
+        "levels.batch = {batches:?}: its first entry is the fine level's, expected data.batch = {}",
+        data.batch
+    );
+    batches.iter().try_for_each(|&batch| at_least_one("levels.batch", batch as u64))
 }
 
 fn check_cycle(config: &Config) -> Result<()> {

@@ -124,6 +124,17 @@ impl Config {
         self.horizon() / self.rows(level) as f64
     }
 
+    /// B_l: sequences in a global batch on level `l`.
+    pub fn batch(&self, level: usize) -> usize {
+        self.levels.batch.as_ref().expect("resolved by config::parse")[level]
+    }
+
+    /// The smallest and the largest B_l.
+    pub fn batches(&self) -> (usize, usize) {
+        let batches = (0..self.levels.count).map(|level| self.batch(level));
+        (batches.clone().min().expect("at least one level"), batches.max().expect("at least one level"))
+    }
+
     /// Steps before the last `cycle.finish` share of them, which `v`, `w` and `f` spend on the fine level.
     pub fn cycled_steps(&self) -> u64 {
         let finish = (self.run.steps as f64 * self.cycle.finish).round() as u64;
@@ -221,6 +232,9 @@ mod tests {
             ("[optimizer]\nlr = nan", "optimizer.lr"),
             ("[data]\nbatch = 0", "data.batch"),
             ("[cycle]\nkind = 'cascade'\nfractions = [0.5, 0.1]\n[levels]\ncount = 2", "cycle.fractions"),
+            ("[levels]\ncount = 2\nbatch = [16]", "levels.batch"),
+            ("[levels]\ncount = 2\nbatch = [8, 8]", "data.batch"),
+            ("[levels]\ncount = 2\nbatch = [16, 0]", "levels.batch"),
             ("[cycle]\nkind = 'paper'\n[levels]\ncount = 2", "levels.transfer"),
             ("[parallel]\nzero = 7", "parallel.zero"),
         ] {

@@ -225,6 +225,8 @@ table! {
         coherence: bool = false,
         /// Batches over which the coherence term is measured at a descent.
         coherence_batches: u64 = 4,
+        /// Sequences in a global batch on each level, finest first. Default: `data.batch` on all.
+        batch: Option<Vec<usize>> = None,
         /// `first`, `alternate` or `random`: which coset of an `injection` level is trained.
         coset: CosetPolicy = CosetPolicy::First,
     }
@@ -235,7 +237,7 @@ table! {
     CycleTable {
         /// `flat`, `paper`, `cascade`, `v`, `w`, `f`, `adaptive` or `phases`.
         kind: CycleKind = CycleKind::Flat,
-        /// `paper`, `cascade`, `adaptive`: share of the steps on each level, coarsest first; they add up to 1. Default: equal shares, and half of the steps on the coarsest level of `adaptive`.
+        /// `paper`, `cascade`, `adaptive`: share of the steps on each level, coarsest first; they add up to 1. Default: for `paper` half each, else 0.1 on each level above the coarsest (together at most half), the rest on the coarsest.
         fractions: Option<Vec<f64>> = None,
         /// `v`, `w`, `f`: steps on a level before descending from it.
         pre: u64 = 10,
@@ -245,9 +247,9 @@ table! {
         coarse: u64 = 50,
         /// `v`, `w`, `f`: share of the steps spent on the fine level at the end. Before it, steps that fill no further cycle are spread over the visits in proportion.
         finish: f64 = 0.2,
-        /// `adaptive`: steps in a window over which loss decrease per FLOP is measured.
-        window: u64 = 50,
-        /// `adaptive`: leave a level when a window's decrease per FLOP is under this share of the level's average.
+        /// `adaptive`: steps in a window over which the training loss is averaged.
+        window: u64 = 20,
+        /// `adaptive`: leave a level when a doubling of the steps on it brings at most this share of what the one before brought.
         threshold: f64 = 0.3,
         /// `phases`: the list of `{ level = L, steps = S }`; switches are inserted between them.
         phases: Vec<Phase> = Vec::new(),

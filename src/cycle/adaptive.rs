@@ -2,16 +2,11 @@ use super::{Cycle, Op, Position, Visit, cascade, split};
 use crate::config::Config;
 
 /// A cascade that leaves a coarse level when it has stopped paying: `cycle.fractions` are the longest stays.
+///
+/// A loss that falls as a power of the steps falls, from one doubling of the steps to the next, by a nearly constant share
+/// of what it fell before; a net that is too coarse for what is left to learn falls behind that. This needs no scale: it
+/// knows neither the loss that can be reached nor the length of the run.
 pub struct Adaptive;
-
-/// Progress measured over `cycle.window` steps on one level.
-#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct Window {
-    /// Decrease of the training loss over the window.
-    pub decrease: f64,
-    /// FLOPs spent in it.
-    pub flops: f64,
-}
 
 impl Cycle for Adaptive {
     fn name(&self) -> &'static str {
@@ -20,16 +15,22 @@ impl Cycle for Adaptive {
     fn visits(&self, config: &Config) -> Vec<Visit> {
         cascade::shares(config)
     }
-    /// Leave when the last window's decrease per FLOP is at most `cycle.threshold` of the average since the level was
-    /// entered, or of zero if the loss has grown. One window has nothing to be compared with; a NaN never leaves.
-    fn leave(&self, config: &Config, windows: &[Window]) -> bool {
-        let [_, .., last] = windows else { return false };
-        let decrease: f64 = windows.iter().map(|window| window.decrease).sum();
-        let flops: f64 = windows.iter().map(|window| window.flops).sum();
-        if decrease.is_nan() {
+    /// With n windows, μ(a, b) the mean loss of the windows from a to b, leave when the last doubling of the stay has brought
+    /// at most `cycle.threshold` of what the one before it did, or has brought nothing:
+    ///
+    /// ```text
+    /// μ(n/4, n/2) - μ(n/2, n) ≤ threshold · max(μ(n/8, n/4) - μ(n/4, n/2), 0)
+    /// ```
+    ///
+    /// Eight windows are needed; a NaN never leaves.
+    fn leave(&self, config: &Config, losses: &[f64]) -> bool {
+        let n = losses.len();
+        if n < 8 {
             return false;
         }
-        last.decrease / last.flops <= config.cycle.threshold * (decrease / flops).max(0.0)
+        let mean = |a: usize, b: usize| losses[a..b].iter().sum::<f64>() / (b - a) as f64;
+        let [early, middle, late] = [mean(n / 8, n / 4), mean(n / 4, n / 2), mean(n / 2, n)];
+        middle - late <= config.cycle.threshold * (early - middle).max(0.0)
     }
 }
 

@@ -17,7 +17,7 @@ mod split;
 mod v;
 mod w;
 
-pub use adaptive::{Window, shorten};
+pub use adaptive::shorten;
 pub use flops::{Phase, plan_flops, tokens_per_step, total};
 pub use position::{Position, check};
 
@@ -63,8 +63,9 @@ pub trait Cycle: Sync {
     fn cosets(&self, config: &Config) -> CosetPolicy {
         config.levels.coset
     }
-    /// Whether to leave the current coarse level now, from the windows measured since it was entered, oldest first.
-    fn leave(&self, _config: &Config, _windows: &[Window]) -> bool {
+    /// Whether to leave the current coarse level now, from the training loss since it was entered: means over
+    /// `cycle.window` steps each, oldest first.
+    fn leave(&self, _config: &Config, _losses: &[f64]) -> bool {
         false
     }
 }

@@ -135,7 +135,7 @@ fn the_plans_of_every_cycle() {
         ),
         (
             "[run]\nsteps = 10\n[levels]\ncount = 2\ntransfer = 'injection'\ncoset = 'random'\n[cycle]\nkind = 'cascade'",
-            "v1 1.?:5 ^0 0:5",
+            "v1 1.?:9 ^0 0:1",
         ),
     ] {
         assert_eq!(plan_of(text), expected, "{text}");
@@ -180,16 +180,18 @@ fn a_shortened_smooth_gives_its_steps_to_finer_levels_in_proportion() {
 #[test]
 fn adaptive_leaves_a_level_that_no_longer_pays() {
     let config = config("[levels]\ncount = 2\n[cycle]\nkind = 'adaptive'\nthreshold = 0.3");
-    let leave = |decreases: &[f64]| {
-        let windows: Vec<_> = decreases.iter().map(|&decrease| Window { decrease, flops: 2.0 }).collect();
-        cycle(CycleKind::Adaptive).leave(&config, &windows)
-    };
-    assert!(!leave(&[]) && !leave(&[-1.0]), "nothing to compare with");
-    assert!(!leave(&[1.0, 0.8, 0.5]));
-    assert!(leave(&[1.0, 0.8, 0.1]));
-    assert!(leave(&[-0.5, -0.1]), "the loss grows");
-    assert!(!leave(&[1.0, f64::NAN]) && !leave(&[f64::NAN, 1.0]));
-    assert!(!cycle(CycleKind::Cascade).leave(&config, &[Window { decrease: 0.0, flops: 1.0 }; 3]));
+    let losses = |n: usize, loss: &dyn Fn(f64) -> f64| (1..=n).map(|s| loss(s as f64)).collect::<Vec<f64>>();
+    let leave = |losses: &[f64]| cycle(CycleKind::Adaptive).leave(&config, losses);
+    let when = |loss: &dyn Fn(f64) -> f64| (0..400).find(|&n| leave(&losses(n, loss)));
+    assert!(!leave(&[]) && !leave(&[2.0; 7]), "nothing to compare with");
+    assert!(leave(&[2.0; 8]), "nothing is gained");
+    assert_eq!(when(&|s| 1.5 + s.powf(-0.3)), None, "a power law, whatever its limit");
+    assert_eq!(when(&|s| 4.0 - s.ln() / 3.0), None);
+    let saturated = when(&|s| 1.5 + s.powf(-0.3).max(0.3)).unwrap();
+    assert!((55..200).contains(&saturated), "the loss is constant from s = 55 on: left at {saturated}");
+    assert_eq!(when(&|s| 1.5 + s.powf(0.3)), Some(8), "the loss grows");
+    assert_eq!(when(&|_| f64::NAN), None);
+    assert!(!cycle(CycleKind::Cascade).leave(&config, &[2.0; 8]));
 }
 
 #[test]

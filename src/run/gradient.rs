@@ -23,23 +23,21 @@ pub struct Differentiator {
     sampler: Sampler,
     batch: Batch,
     buckets: Buckets,
-    /// B and T
-    sequences: usize,
+    /// T
     context: usize,
-    /// This rank's sequences of each global batch, differentiated `micro_batch` at a time.
-    share: Range<usize>,
+    /// Sequences that are differentiated at once.
     micro_batch: usize,
 }
 
 impl Differentiator {
     pub fn new(config: &Config, spec: &Spec, device: &Device, comm: &dyn Communicator) -> Result<Differentiator> {
-        let sequences = config.data.batch;
+        let (smallest, _) = config.batches();
         ensure!(
-            sequences >= comm.size(),
-            "data.batch = {sequences} is less than the {} ranks, and each needs a sequence: take a larger batch or fewer ranks",
+            smallest >= comm.size(),
+            "{} = {smallest} is less than the {} ranks, and each needs a sequence: take a larger batch or fewer ranks",
+            if smallest == config.data.batch { "data.batch" } else { "the smallest of levels.batch" },
             comm.size()
         );
-        let share = share(sequences, comm.rank(), comm.size());
         let micro_batch = micro_batch(config, comm.size());
         let dataset = Dataset::open(&config.data.dir, Split::Train)?;
         Ok(Differentiator {
@@ -47,34 +45,32 @@ impl Differentiator {
             sampler: Sampler::new(&dataset, config.data.context, config.run.seed)?,
             batch: Batch::default(),
             buckets: Buckets::default(),
-            sequences,
             context: config.data.context,
-            share,
             micro_batch,
         })
     }
 
-    /// grad = ∂L/∂θ of the target (=), L the mean loss over `batches` global batches from sequence `first` on; returns
-    /// this rank's share of L, in nats a token. Collective.
+    /// grad = ∂L/∂θ of the target (=), L the mean loss over `sequences` sequences from `first` on, at least one for each
+    /// rank; returns this rank's share of L, in nats a token. Collective.
     pub fn gradient(
         &mut self,
         comm: &mut dyn Communicator,
         hierarchy: &Hierarchy,
         target: Target,
         first: u64,
-        batches: u64,
+        sequences: usize,
     ) -> Result<f64> {
         zero_gradient(hierarchy, target)?;
-        let micro_batches = self.micro_batches(first, batches);
-        let last = micro_batches.len() - 1;
-        let scale = 1.0 / (batches * (self.sequences * self.context) as u64) as f64;
-        let Differentiator { net, sampler, batch, buckets, .. } = self;
+        let share = share(sequences, comm.rank(), comm.size());
+        let scale = 1.0 / (sequences * self.context) as f64;
+        let Differentiator { net, sampler, batch, buckets, micro_batch, .. } = self;
         let (params, grads) =
             (hierarchy.params(target.level, target.coset), hierarchy.grads(target.level, target.coset));
         let mut loss = 0.0;
-        for (i, (first, count)) in micro_batches.into_iter().enumerate() {
-            sampler.batch(first, count, batch)?;
-            let mut ready = |part: Ready| match (i == last, part) {
+        for start in share.clone().step_by(*micro_batch) {
+            let end = share.end.min(start + *micro_batch);
+            sampler.batch(first + start as u64, end - start, batch)?;
+            let mut ready = |part: Ready| match (end == share.end, part) {
                 (false, _) => Ok(()),
                 (true, Ready::Block(n)) => {
                     let row = hierarchy.row_indices(target.level, target.coset)[n];
@@ -86,19 +82,6 @@ impl Differentiator {
         }
         buckets.finish(comm)?;
         Ok(loss)
-    }
-
-    /// First sequence and length of each micro-batch of this rank in `batches` global batches from sequence `first` on.
-    fn micro_batches(&self, first: u64, batches: u64) -> Vec<(u64, usize)> {
-        let share = &self.share;
-        (0..batches)
-            .flat_map(|batch| {
-                share.clone().step_by(self.micro_batch).map(move |start| {
-                    let begin = first + batch * self.sequences as u64 + start as u64;
-                    (begin, self.micro_batch.min(share.end - start))
-                })
-            })
-            .collect()
     }
 
     /// Sequences of the training data in one epoch.
@@ -124,7 +107,8 @@ impl Differentiator {
 
 /// Sequences that the rank with the largest share differentiates at once.
 pub fn micro_batch(config: &Config, ranks: usize) -> usize {
-    let largest_share = config.data.batch.div_ceil(ranks);
+    let (_, largest) = config.batches();
+    let largest_share = largest.div_ceil(ranks);
     match config.data.micro_batch {
         0 => largest_share,
         limit => limit.min(largest_share),

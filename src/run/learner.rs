@@ -22,7 +22,10 @@ pub struct Learner {
     clip: f64,
     /// CompleteP: Adam's ε is multiplied by h.
     eps_follows_h: bool,
-    coherence_batches: u64,
+    /// B_l of each level.
+    batches: Vec<usize>,
+    /// Sequences over which a coherence term is measured.
+    coherence_sequences: usize,
 }
 
 /// What one optimizer step did.
@@ -55,7 +58,8 @@ impl Learner {
             validation: Validation::new(config)?,
             clip: config.optimizer.clip,
             eps_follows_h: config.model.parametrization == Parametrization::CompleteP,
-            coherence_batches: config.levels.coherence_batches,
+            batches: (0..config.levels.count).map(|level| config.batch(level)).collect(),
+            coherence_sequences: config.levels.coherence_batches as usize * config.data.batch,
             spec,
         })
     }
@@ -74,7 +78,8 @@ impl Learner {
         lr: f64,
         wishes: &mut [f64; 2],
     ) -> Result<StepReport> {
-        let share = self.differentiator.gradient(comm, &self.hierarchy, target, first, 1)?;
+        let sequences = self.batches[target.level];
+        let share = self.differentiator.gradient(comm, &self.hierarchy, target, first, sequences)?;
         self.hierarchy.correct_gradient(target.level)?;
         let grad_norm = gradient_norm(&self.hierarchy, target)?;
         let mut sums = [share, wishes[0], wishes[1]];
@@ -102,12 +107,12 @@ impl Learner {
         Ok(())
     }
 
-    /// Restricts to level `to`; a coherence term is measured on the batches from sequence `first` on. Collective.
+    /// Restricts to level `to`; a coherence term is measured on the sequences from `first` on. Collective.
     pub fn descend(&mut self, comm: &mut dyn Communicator, to: usize, first: u64) -> Result<()> {
-        let Learner { hierarchy, differentiator, coherence_batches, .. } = self;
+        let Learner { hierarchy, differentiator, coherence_sequences, .. } = self;
         hierarchy.descend(to, &mut |hierarchy, level| {
             let target = Target { level, coset: 0 };
-            differentiator.gradient(comm, hierarchy, target, first, *coherence_batches).map(drop)
+            differentiator.gradient(comm, hierarchy, target, first, *coherence_sequences).map(drop)
         })
     }
 

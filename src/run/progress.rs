@@ -1,7 +1,7 @@
 //! How far a run is: all that a resumed run must know besides tensors.
 
 use crate::config::Config;
-use crate::cycle::{self, Coset, Op, Position, Window};
+use crate::cycle::{self, Coset, Op, Position};
 use crate::error::Result;
 use crate::model::{Flops, Spec, step_flops};
 use serde::{Deserialize, Serialize};
@@ -23,17 +23,16 @@ pub struct Progress {
     pub descents: u64,
     /// Steps since the last level switch, if there was one.
     pub since_switch: Option<u64>,
-    /// What the current stay on a level has brought.
+    /// The loss since the current level was entered.
     pub stay: Stay,
 }
 
-/// Loss decrease of a stay on one level, in windows of equal length.
+/// The training loss of a stay on one level, in windows of equal length.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Stay {
-    /// Complete windows, oldest first.
-    pub windows: Vec<Window>,
-    /// Mean loss of the last complete window; the first has no decrease, it is what the next is compared with.
-    last_mean: Option<f64>,
+    /// Mean loss of each complete window, oldest first.
+    pub losses: Vec<f64>,
     /// Sum of losses, and steps, of the window being filled.
     sum: f64,
     steps: u64,
@@ -41,18 +40,15 @@ pub struct Stay {
 
 impl Stay {
     /// Adds one step; true if it completed a window of `length` steps.
-    pub fn add(&mut self, loss: f64, step_flops: Flops, length: u64) -> bool {
+    pub fn add(&mut self, loss: f64, length: u64) -> bool {
         self.sum += loss;
         self.steps += 1;
-        if self.steps < length {
-            return false;
+        let complete = self.steps >= length;
+        if complete {
+            self.losses.push(self.sum / self.steps as f64);
+            (self.sum, self.steps) = (0.0, 0);
         }
-        let mean = self.sum / length as f64;
-        if let Some(last) = self.last_mean.replace(mean) {
-            self.windows.push(Window { decrease: last - mean, flops: step_flops.total as f64 * length as f64 });
-        }
-        (self.sum, self.steps) = (0.0, 0);
-        true
+        complete
     }
 }
 
@@ -87,10 +83,9 @@ impl Progress {
             Op::Smooth { level, .. } if i == self.position.op => Some((level, self.position.step_in_op)),
             _ => None,
         };
-        let tokens = cycle::tokens_per_step(config);
         let mut sum = Flops::default();
         for (level, steps) in self.plan.iter().enumerate().filter_map(done) {
-            sum += step_flops(spec, config.rows(level), tokens) * steps;
+            sum += step_flops(spec, config.rows(level), cycle::tokens_per_step(config, level)) * steps;
         }
         sum
     }
@@ -150,13 +145,10 @@ mod tests {
     }
 
     #[test]
-    fn a_stay_measures_decrease_between_windows() {
+    fn a_stay_has_the_mean_of_each_window() {
         let mut stay = Stay::default();
-        let flops = Flops { blocks: 1, total: 10 };
-        let losses = [4.0, 4.0, 3.0, 3.0, 2.5, 2.5, 9.0];
-        let completed: Vec<bool> = losses.iter().map(|&loss| stay.add(loss, flops, 2)).collect();
-        assert_eq!(completed, [false, true, false, true, false, true, false]);
-        let expected = [1.0, 0.5].map(|decrease| Window { decrease, flops: 20.0 });
-        assert_eq!(stay.windows, expected);
+        let losses = [4.0, 3.0, 3.0, 2.0, 9.0];
+        let completed: Vec<bool> = losses.iter().map(|&loss| stay.add(loss, 2)).collect();
+        assert_eq!((completed, stay.losses), (vec![false, true, false, true, false], vec![3.5, 2.5]));
     }
 }

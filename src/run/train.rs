@@ -135,10 +135,10 @@ impl Trainer {
         );
         let total: Flops = Progress { position: end(&progress.plan), ..progress.clone() }.flops(config, spec);
         tracing::info!(
-            "cycle {}: {} steps of {} tokens, {:.3} TFLOP ({:.3} in blocks), an epoch is {} sequences",
+            "cycle {}: {} steps of {} tokens (fine level), {:.3} TFLOP ({:.3} in blocks), an epoch is {} sequences",
             config.cycle.kind,
             config.run.steps,
-            cycle::tokens_per_step(config),
+            cycle::tokens_per_step(config, 0),
             total.total as f64 / 1e12,
             total.blocks as f64 / 1e12,
             learner.differentiator.epoch(),
@@ -172,9 +172,8 @@ impl Trainer {
 
     /// One step of a smooth, and what is due after it.
     fn smooth(&mut self, comm: &mut dyn Communicator, level: usize, coset: Coset) -> Result<Outcome> {
-        let Config { run, data, .. } = &self.config;
         let step = self.progress.step + 1;
-        let coset = coset_at(coset, self.learner.hierarchy.cosets(level), run.seed, step);
+        let coset = coset_at(coset, self.learner.hierarchy.cosets(level), self.config.run.seed, step);
         let lr = self.learning_rate(level);
         let wishes = self.schedule.wishes(step);
         let mut wishes = [wishes.stop, wishes.save];
@@ -184,11 +183,11 @@ impl Trainer {
         if !report.is_finite() {
             return agree(comm, Err(self.diverged(step, report)));
         }
-        self.progress.count_step(data.batch as u64);
-        let step_flops = step_flops(self.learner.spec(), self.config.rows(level), cycle::tokens_per_step(&self.config));
-        self.flops += step_flops;
+        self.progress.count_step(self.config.batch(level) as u64);
+        let tokens = cycle::tokens_per_step(&self.config, level);
+        self.flops += step_flops(self.learner.spec(), self.config.rows(level), tokens);
         self.record(comm, target, lr, report)?;
-        self.leave_if_spent(level, report.loss, step_flops);
+        self.leave_if_spent(level, report.loss);
         if wishes.save > 0.0 || wishes.stop > 0.0 {
             self.save()?;
         }
@@ -237,7 +236,7 @@ impl Trainer {
 
     fn metrics(&self, target: Target, lr: f64, report: StepReport, val_loss: Option<f64>, peak_flops: f64) -> Metrics {
         let (config, progress) = (&self.config, &self.progress);
-        let tokens_per_step = cycle::tokens_per_step(config);
+        let tokens_per_step = cycle::tokens_per_step(config, target.level);
         let rows = config.rows(target.level);
         let steps_per_s = (progress.step - self.clock.line_step) as f64 / self.clock.line.elapsed().as_secs_f64();
         let flops_per_s = step_flops(self.learner.spec(), rows, tokens_per_step).total as f64 * steps_per_s;
@@ -252,7 +251,7 @@ impl Trainer {
             val_loss,
             lr,
             grad_norm: report.grad_norm,
-            tokens: progress.step * tokens_per_step,
+            tokens: progress.sequences * config.data.context as u64,
             flops_total: self.flops.total,
             flops_blocks: self.flops.blocks,
             elapsed_s: progress.elapsed_s,
@@ -262,10 +261,10 @@ impl Trainer {
     }
 
     /// A measuring cycle may leave a coarse level before its steps are done.
-    fn leave_if_spent(&mut self, level: usize, loss: f64, step_flops: Flops) {
-        let completed = self.progress.stay.add(loss, step_flops, self.config.cycle.window);
+    fn leave_if_spent(&mut self, level: usize, loss: f64) {
+        let completed = self.progress.stay.add(loss, self.config.cycle.window);
         let cycle = cycle::cycle(self.config.cycle.kind);
-        if completed && level > 0 && cycle.leave(&self.config, &self.progress.stay.windows) {
+        if completed && level > 0 && cycle.leave(&self.config, &self.progress.stay.losses) {
             self.progress.leave();
         }
     }

@@ -96,7 +96,7 @@ impl Subject {
 
     /// Model FLOPs of a step on the fine net.
     fn flops(&self) -> f64 {
-        step_flops(self.learner.spec(), self.config.model.depth, tokens_per_step(&self.config)).total as f64
+        step_flops(self.learner.spec(), self.config.model.depth, tokens_per_step(&self.config, 0)).total as f64
     }
 }
 

@@ -125,7 +125,7 @@ fn metrics(config: &Config) -> Metrics {
         val_loss: Some(10.123_456_789),
         lr: config.optimizer.lr,
         grad_norm: 1.234_567_89,
-        tokens: tokens_per_step(config),
+        tokens: tokens_per_step(config, 0),
         flops_total: 1 << 60,
         flops_blocks: 1 << 59,
         elapsed_s: 12.345_678_9,

@@ -106,7 +106,7 @@ impl Trial {
         let flops_per_s = self.subject.flops() / step_s;
         Ok(Report {
             step_s,
-            tokens_per_s: tokens_per_step(config) as f64 / step_s,
+            tokens_per_s: tokens_per_step(config, 0) as f64 / step_s,
             flops_per_s,
             gemm_peak_flops,
             fraction_of_peak: flops_per_s / gemm_peak_flops,
@@ -127,7 +127,7 @@ impl Trial {
     fn serve(&mut self) -> Result<()> {
         let greeting = json!({
             "threads": self.threads,
-            "tokens_per_step": tokens_per_step(&self.subject.config),
+            "tokens_per_step": tokens_per_step(&self.subject.config, 0),
             "flops_per_step": self.subject.flops(),
             "memory": self.memory()?,
         });
