@@ -6,7 +6,7 @@ PROFILE := --release
 VCYCLE := $(or $(CARGO_TARGET_DIR),target)/release/vcycle
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build quickstart test test-slurm test-net fmt clippy docs clean
+.PHONY: help deps build quickstart test test-slurm test-net fmt clippy cuda-kernels cuda-clippy docs clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | column -t -s '	' 2>/dev/null || grep '##' $(MAKEFILE_LIST)
@@ -36,6 +36,18 @@ fmt: ## Format the code
 clippy: deps ## Lint, with MPI and without
 	$(CARGO) clippy $(PROFILE) --locked --all-targets -- -D warnings
 	$(CARGO) clippy $(PROFILE) --locked --all-targets --no-default-features -- -D warnings
+
+# CUDA's compiler, from PyPI, for a machine that has none. CUDA_TOOLKIT names its folder.
+CUDA_TOOLKIT ?= target/cuda-toolkit
+WITH_CUDA := eval "$$(scripts/cuda-toolkit.sh $(CUDA_TOOLKIT))" &&
+
+cuda-kernels: ## Compile the CUDA kernels alone, for sm_80 and sm_90 (minutes; no GPU)
+	@mkdir -p target/cuda-kernels
+	$(WITH_CUDA) nvcc --options-file src/ops/cuda/nvcc.options -lib --threads 0 \
+		-o target/cuda-kernels/libvcycle_kernels.a src/ops/cuda/*.cu
+
+cuda-clippy: deps ## Lint with the feature `cuda` (builds candle's kernels: 12 minutes; no GPU)
+	$(WITH_CUDA) $(CARGO) clippy $(PROFILE) --locked --all-targets --features cuda -- -D warnings
 
 docs: build ## Regenerate docs/CONFIG.md
 	$(VCYCLE) config-reference > docs/CONFIG.md

@@ -20,6 +20,7 @@ libclang() {
     done
     return 1
 }
+cxx_compiler() { command -v g++; }
 h5py() { python3 -c 'import h5py' || /usr/bin/python3 -c 'import h5py'; }
 dependencies='
 C compiler|c_compiler|gcc libc6-dev|gcc|gcc
@@ -28,7 +29,8 @@ MPI with its headers|open_mpi|libopenmpi-dev openmpi-bin|openmpi-devel|openmpi
 HDF5 with its headers|hdf5|libhdf5-dev|hdf5-devel|hdf5
 libclang, which bindgen reads C headers with|libclang|libclang-dev|clang-devel|llvm
 '
-[ "${1:-}" != test ] || dependencies+='h5py, for a test that reads checkpoints|h5py|python3-h5py|python3-h5py|-
+[ "${1:-}" != test ] || dependencies+='C++ compiler, for the tests of CUDA kernels|cxx_compiler|g++|gcc-c++|gcc
+h5py, for a test that reads checkpoints|h5py|python3-h5py|python3-h5py|-
 '
 
 missing() {

@@ -184,3 +184,35 @@ impl Pass<'_> {
         &self.work.states[self.params.rows()]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Integrator;
+    use crate::model::Layout;
+    use crate::ops::testing::{assert_gpu_equals_cpu, random};
+
+    /// The loss and the whole gradient, through every op in the order of a step.
+    #[test]
+    fn a_gpus_gradient_is_the_cpus() {
+        for (integrator, tied) in [(Integrator::Euler, true), (Integrator::Split, false), (Integrator::Heun, true)] {
+            let spec = Spec { integrator, tied, width: 16, depth: 2, ..Spec::small() };
+            let (block, ends) = (Layout::block(&spec).len(), Layout::ends(&spec).len());
+            let (theta, theta_ends) = (random(&[2, block], DType::F64, 1), random(&[1, ends], DType::F64, 2));
+            let token = |i: usize| (i * i % spec.vocab) as u32;
+            let tokens: Vec<u32> = (0..2 * spec.context).map(token).collect();
+            let targets: Vec<u32> = (1..=2 * spec.context).map(token).collect();
+            assert_gpu_equals_cpu(&format!("net, {integrator:?}"), [1e-5, 2e-2], |place| {
+                let mut net = Net::new(&spec, 2, 2, place.elements, &place.device).unwrap();
+                let (theta, theta_ends) = (place.input(&theta), place.input(&theta_ends));
+                let (grad, grad_ends) = (place.sums_of(0.0, &[2, block]), place.sums_of(0.0, &[1, ends]));
+                let params = |theta, ends| Params::view(&spec, theta, &[0, 1], ends, 0.5).unwrap();
+                let (params, grads) = (params(&theta, &theta_ends), params(&grad, &grad_ends));
+                let scale = 1.0 / tokens.len() as f64;
+                let done = &mut |_| Ok(());
+                let loss = net.loss_and_gradient(&params, &grads, &tokens, &targets, scale, done).unwrap();
+                vec![Tensor::new(loss, &Device::Cpu).unwrap(), grad, grad_ends]
+            });
+        }
+    }
+}

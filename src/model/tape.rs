@@ -7,6 +7,7 @@
 use super::Spec;
 use super::integrator::one_step;
 use crate::error::Result;
+use crate::ops::access;
 use candle_core::{DType, Device, Tensor};
 
 /// What one evaluation of the field keeps for its adjoint; n = B·T. The outputs of LN and GELU are not kept: they cost
@@ -101,6 +102,21 @@ impl Extent {
 /// Gives a tensor of a dtype and shape.
 type Source<'a> = &'a mut dyn FnMut(DType, &[usize]) -> Result<Tensor>;
 
+/// Asks a source for tensors of the net's dtype and for sums over such.
+struct Buffers<'a> {
+    dtype: DType,
+    source: Source<'a>,
+}
+
+impl Buffers<'_> {
+    fn real(&mut self, shape: &[usize]) -> Result<Tensor> {
+        (self.source)(self.dtype, shape)
+    }
+    fn sums(&mut self, shape: &[usize]) -> Result<Tensor> {
+        (self.source)(access::sums(self.dtype), shape)
+    }
+}
+
 /// The buffers of a workspace, in the order in which [`Workspace::build`] asks for them.
 pub(super) fn allocate(spec: &Spec, extent: Extent, dtype: DType, device: &Device) -> Result<Vec<Tensor>> {
     let mut buffers = Vec::new();
@@ -135,15 +151,15 @@ impl Workspace {
     fn build(spec: &Spec, extent: Extent, dtype: DType, source: Source) -> Result<Workspace> {
         let (n, d) = (extent.sequences * spec.context, spec.width);
         let (tokens, targets) = (source(DType::U32, &[n])?, source(DType::U32, &[n])?);
-        let mut real = |shape: &[usize]| source(dtype, shape);
-        let states = (0..=extent.rows).map(|_| real(&[n, d])).collect::<Result<Vec<_>>>()?;
+        let mut asked = Buffers { dtype, source };
+        let states = (0..=extent.rows).map(|_| asked.real(&[n, d])).collect::<Result<Vec<_>>>()?;
         let inputs = &states[..extent.rows];
         let evaluations = match inputs {
             [first, ..] if spec.recompute => {
-                let shared = Evaluation::of_block(spec, extent, first, &mut real)?;
+                let shared = Evaluation::of_block(spec, extent, first, &mut asked)?;
                 inputs.iter().map(|x| with_input(&shared, x)).collect()
             }
-            _ => inputs.iter().map(|x| Evaluation::of_block(spec, extent, x, &mut real)).collect::<Result<_>>()?,
+            _ => inputs.iter().map(|x| Evaluation::of_block(spec, extent, x, &mut asked)).collect::<Result<_>>()?,
         };
         let method = one_step(spec.integrator);
         Ok(Workspace {
@@ -151,15 +167,15 @@ impl Workspace {
             targets,
             evaluations,
             states,
-            stats_f: real(&[n, 2])?,
-            logits: real(&[extent.chunk, spec.vocab])?,
-            lambda: real(&[n, d])?,
+            stats_f: asked.sums(&[n, 2])?,
+            logits: asked.real(&[extent.chunk, spec.vocab])?,
+            lambda: asked.real(&[n, d])?,
             scratch: Scratch {
-                normed: real(&[n, d])?,
-                dnormed: real(&[n, d])?,
-                dqkv: real(&[n, 3 * d])?,
-                hidden: real(&[n, 4 * d])?,
-                adjoints: (0..method.adjoint_states()).map(|_| real(&[n, d])).collect::<Result<_>>()?,
+                normed: asked.real(&[n, d])?,
+                dnormed: asked.real(&[n, d])?,
+                dqkv: asked.real(&[n, 3 * d])?,
+                hidden: asked.real(&[n, 4 * d])?,
+                adjoints: (0..method.adjoint_states()).map(|_| asked.real(&[n, d])).collect::<Result<_>>()?,
             },
         })
     }
@@ -167,23 +183,18 @@ impl Workspace {
 
 impl Evaluation {
     /// The evaluations of one block with input `x`.
-    fn of_block(
-        spec: &Spec,
-        extent: Extent,
-        x: &Tensor,
-        real: &mut dyn FnMut(&[usize]) -> Result<Tensor>,
-    ) -> Result<Vec<Evaluation>> {
+    fn of_block(spec: &Spec, extent: Extent, x: &Tensor, asked: &mut Buffers) -> Result<Vec<Evaluation>> {
         let (n, d) = (extent.sequences * spec.context, spec.width);
         let evaluation = |index| {
             Ok(Evaluation {
-                x: if index == 0 { x.clone() } else { real(&[n, d])? },
-                stats1: real(&[n, 2])?,
-                qkv: real(&[n, 3 * d])?,
-                att: real(&[n, d])?,
-                lse: real(&[extent.sequences, spec.heads, spec.context])?,
-                y: real(&[n, d])?,
-                stats2: real(&[n, 2])?,
-                fc: real(&[n, 4 * d])?,
+                x: if index == 0 { x.clone() } else { asked.real(&[n, d])? },
+                stats1: asked.sums(&[n, 2])?,
+                qkv: asked.real(&[n, 3 * d])?,
+                att: asked.real(&[n, d])?,
+                lse: asked.sums(&[extent.sequences, spec.heads, spec.context])?,
+                y: asked.real(&[n, d])?,
+                stats2: asked.sums(&[n, 2])?,
+                fc: asked.real(&[n, 4 * d])?,
             })
         };
         (0..one_step(spec.integrator).evaluations()).map(evaluation).collect()

@@ -4,7 +4,7 @@
 //! S = q kᵀ / √head_dim (keys up to the query),   lse = log Σ exp S,   P = exp(S - lse),   out = P v
 //! dv = Pᵀ dout,   D = rowsum(dout · out),   dS = P (dout vᵀ - D) / √head_dim,   dq = dS k,   dk = dSᵀ q
 //! ```
-use super::access::{check, matrix_shape, on_cpu, read, write};
+use super::access::{check_mixed, matrix_shape, on_device, read, write};
 use super::matrix::{Mat, MatMut, multiply};
 use super::profile;
 use super::real::{Real, dot, reduce, sum, vectorized, with_scratch};
@@ -23,8 +23,12 @@ pub fn forward(qkv: &Tensor, context: usize, heads: usize, out: &Tensor, lse: &T
     let _time = profile::time(OP);
     let shape = Shape::of(OP, qkv, context, heads)?;
     let outputs = [("out", out, &shape.out()[..]), ("lse", lse, &shape.lse())];
-    check(OP, qkv.dtype(), &[("qkv", qkv, &shape.qkv())], &outputs)?;
-    on_cpu!(OP, qkv, T => {
+    check_mixed(OP, qkv.dtype(), &["lse"], &[("qkv", qkv, &shape.qkv())], &outputs)?;
+    on_device!(OP, qkv, gpu => gpu.launch(OP, |k, stream| {
+        let [sequences, context, heads, head_dim] = shape.for_gpu(OP)?;
+        let (element, qkv, out, lse) = (gpu.element(OP, qkv)?, gpu.at(qkv)?, gpu.at(out)?, gpu.at(lse)?);
+        Ok(unsafe { (k.attention_forward)(element, qkv, out, lse, sequences, context, heads, head_dim, stream) })
+    }), T => {
         let qkv = read::<T>(qkv)?;
         write(out, |out: &mut [T]| write(lse, |lse: &mut [T]| {
             let out = MatMut::new(out, shape.width());
@@ -58,8 +62,18 @@ pub fn backward(
         ("lse", lse, &shape.lse()),
         ("dout", dout, &shape.out()),
     ];
-    check(OP, qkv.dtype(), &inputs, &[("dqkv", dqkv, &shape.qkv())])?;
-    on_cpu!(OP, qkv, T => {
+    check_mixed(OP, qkv.dtype(), &["lse"], &inputs, &[("dqkv", dqkv, &shape.qkv())])?;
+    on_device!(OP, qkv, gpu => gpu.launch(OP, |k, stream| {
+        let [sequences, context, heads, head_dim] = shape.for_gpu(OP)?;
+        let [scratch] = gpu.scratch([unsafe { (k.attention_backward_scratch)(sequences, context, heads) }])?;
+        let (element, qkv, out, lse) = (gpu.element(OP, qkv)?, gpu.at(qkv)?, gpu.at(out)?, gpu.at(lse)?);
+        let (dout, dqkv) = (gpu.at(dout)?, gpu.at(dqkv)?);
+        Ok(unsafe {
+            (k.attention_backward)(
+                element, qkv, out, lse, dout, dqkv, sequences, context, heads, head_dim, scratch, stream,
+            )
+        })
+    }), T => {
         let (qkv, out, lse, dout) = (read::<T>(qkv)?, read::<T>(out)?, read::<T>(lse)?, read::<T>(dout)?);
         let (out, dout) = (Mat::new(&out, shape.width()), Mat::new(&dout, shape.width()));
         write(dqkv, |dqkv: &mut [T]| {
@@ -99,6 +113,20 @@ impl Shape {
     }
     fn width(&self) -> usize {
         self.heads * self.head_dim
+    }
+    /// Sequences, context, heads, head_dim as the kernels take them.
+    #[cfg(any(feature = "cuda", test))]
+    fn for_gpu(&self, op: &str) -> Result<[std::ffi::c_int; 4]> {
+        /// The widest tile of attention.cu.
+        const MAX_HEAD_DIM: usize = 128;
+        let Shape { sequences, context, heads, head_dim } = *self;
+        ensure!(
+            head_dim <= MAX_HEAD_DIM,
+            "{op}: a GPU takes heads of at most {MAX_HEAD_DIM} elements, these have {head_dim}: take more heads"
+        );
+        let [sequences, context, heads, head_dim] =
+            [sequences, context, heads, head_dim].map(|n| super::cuda::length(op, "extent", n));
+        Ok([sequences?, context?, heads?, head_dim?])
     }
     fn qkv(&self) -> [usize; 2] {
         [self.sequences * self.context, 3 * self.width()]

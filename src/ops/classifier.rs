@@ -6,7 +6,9 @@
 //!
 //! The rows x go in chunks. In a chunk the logits are computed transposed, [V, chunk], in tiles of the vocabulary: a
 //! tile of w meets the chunk's x, then a tile of dz meets both, while they are in the cache; w is never packed.
-use super::access::{check, check_indices, matrix_shape, on_cpu, read, write};
+use super::access::{check, check_indices, check_mixed, matrix_shape, on_device, read, write};
+#[cfg(any(feature = "cuda", test))]
+use super::cuda;
 use super::matrix::{Mat, MatMut, multiply};
 use super::profile;
 use super::real::{PIECE, Real, vectorized, with_scratch};
@@ -29,7 +31,7 @@ pub fn loss(x: &Tensor, w: &Tensor, targets: &Tensor, logits: &Tensor) -> Result
     let Shape { n, d, vocab, chunk } = Shape::of(OP, x, w, logits)?;
     check(OP, DType::U32, &[("targets", targets, &[n])], &[])?;
     check(OP, x.dtype(), &[("x", x, &[n, d]), ("w", w, &[vocab, d])], &[("logits", logits, &[chunk, vocab])])?;
-    on_cpu!(OP, x, T => {
+    on_device!(OP, x, gpu => on_gpu(OP, &gpu, x, w, targets, logits, None), T => {
         let (x, w, targets) = (read::<T>(x)?, read::<T>(w)?, read::<u32>(targets)?);
         check_indices(OP, "target", &targets, vocab)?;
         write(logits, |logits: &mut [T]| {
@@ -54,8 +56,10 @@ pub fn loss_and_gradient(
     let Shape { n, d, vocab, chunk } = Shape::of(OP, x, w, logits)?;
     let outputs = [("logits", logits, &[chunk, vocab][..]), ("dx", dx, &[n, d]), ("dw", dw, &[vocab, d])];
     check(OP, DType::U32, &[("targets", targets, &[n])], &[])?;
-    check(OP, x.dtype(), &[("x", x, &[n, d]), ("w", w, &[vocab, d])], &outputs)?;
-    on_cpu!(OP, x, T => {
+    check_mixed(OP, x.dtype(), &["dw"], &[("x", x, &[n, d]), ("w", w, &[vocab, d])], &outputs)?;
+    on_device!(OP, x, gpu => {
+        on_gpu(OP, &gpu, x, w, targets, logits, Some(Gradient { scale, dx, dw }))
+    }, T => {
         let (x, w, targets) = (read::<T>(x)?, read::<T>(w)?, read::<u32>(targets)?);
         check_indices(OP, "target", &targets, vocab)?;
         write(logits, |logits: &mut [T]| write(dx, |dx: &mut [T]| write(dw, |dw: &mut [T]| {
@@ -67,6 +71,55 @@ pub fn loss_and_gradient(
             })).sum())
         })))
     })
+}
+
+/// Where the gradient goes.
+#[cfg(any(feature = "cuda", test))]
+struct Gradient<'a> {
+    scale: f64,
+    dx: &'a Tensor,
+    dw: &'a Tensor,
+}
+
+/// The whole op on a GPU, chunk by chunk: logits = x wᵀ, losses and dz in their place, dx = dz w, dw += dzᵀ x.
+#[cfg(any(feature = "cuda", test))]
+fn on_gpu(
+    op: &str,
+    gpu: &cuda::Gpu,
+    x: &Tensor,
+    w: &Tensor,
+    targets: &Tensor,
+    logits: &Tensor,
+    gradient: Option<Gradient>,
+) -> Result<f64> {
+    let Shape { n, d, vocab, chunk } = Shape::of(op, x, w, logits)?;
+    let float = size_of::<f32>();
+    let sum_scratch = unsafe { (gpu.kernels().sum_scratch)(n) };
+    let [losses, sum, sum_scratch] = gpu.scratch([n * float, size_of::<f64>(), sum_scratch])?;
+    let (element, targets) = (gpu.element(op, x)?, gpu.at(targets)?);
+    let (w, z) = (gpu.matrix(w, d)?, gpu.matrix(logits, vocab)?);
+    for first in (0..n).step_by(chunk) {
+        let rows = chunk.min(n - first);
+        let x_rows = gpu.matrix(&x.narrow(0, first, rows)?, d)?;
+        gpu.multiply([rows, vocab, d], 1.0, x_rows, w.t(), 0.0, z)?;
+        let (targets, losses) = (targets.offset(first * size_of::<u32>()), losses.offset(first * float));
+        gpu.launch(op, |k, stream| {
+            Ok(match &gradient {
+                None => unsafe { (k.softmax_loss)(element, z.at, targets, losses, rows, vocab as u32, stream) },
+                Some(Gradient { scale, .. }) => unsafe {
+                    let scale = *scale as f32;
+                    (k.softmax_loss_and_gradient)(element, z.at, targets, scale, losses, rows, vocab as u32, stream)
+                },
+            })
+        })?;
+        if let Some(Gradient { dx, dw, .. }) = &gradient {
+            gpu.multiply([rows, d, vocab], 1.0, z, w, 0.0, gpu.matrix(&dx.narrow(0, first, rows)?, d)?)?;
+            gpu.multiply([vocab, d, rows], 1.0, z.t(), x_rows, 1.0, gpu.matrix(dw, d)?)?;
+        }
+    }
+    // The losses are float for either element type.
+    gpu.launch(op, |k, stream| Ok(unsafe { (k.sum)(0, losses, sum, n, sum_scratch, stream) }))?;
+    gpu.read_f64(sum)
 }
 
 /// Bytes of scratch that [`loss_and_gradient`] takes beside `logits` [chunk, V], for x [_, d] of elements of `size` bytes.

@@ -1,5 +1,7 @@
 //! Token and position embedding.
-use super::access::{check, check_indices, matrix_shape, on_cpu, read, write};
+use super::access::{check, check_indices, check_mixed, matrix_shape, on_device, read, write};
+#[cfg(any(feature = "cuda", test))]
+use super::cuda;
 use super::matrix::MatMut;
 use super::profile;
 use super::real::{Real, rows_per_piece};
@@ -16,7 +18,13 @@ pub fn forward(tokens: &Tensor, wte: &Tensor, wpe: &Tensor, out: &Tensor) -> Res
     let (context, _) = matrix_shape(OP, "wpe", wpe)?;
     check(OP, DType::U32, &[("tokens", tokens, &[n])], &[])?;
     check(OP, wte.dtype(), &[("wte", wte, &[vocab, d]), ("wpe", wpe, &[context, d])], &[("out", out, &[n, d])])?;
-    on_cpu!(OP, out, T => {
+    on_device!(OP, out, gpu => gpu.launch(OP, |k, stream| {
+        let (element, d) = (gpu.element(OP, out)?, cuda::length(OP, "width", d)?);
+        let (tokens, wte, wpe, out) = (gpu.at(tokens)?, gpu.at(wte)?, gpu.at(wpe)?, gpu.at(out)?);
+        Ok(unsafe {
+            (k.embedding_forward)(element, tokens, wte, wpe, out, n, vocab as u32, context as u32, d, stream)
+        })
+    }), T => {
         let (tokens, wte, wpe) = (read::<u32>(tokens)?, read::<T>(wte)?, read::<T>(wpe)?);
         check_indices(OP, "token", &tokens, vocab)?;
         write(out, |out: &mut [T]| {
@@ -40,9 +48,15 @@ pub fn backward(tokens: &Tensor, dx: &Tensor, dwte: &Tensor, dwpe: &Tensor) -> R
     let (vocab, d) = matrix_shape(OP, "dwte", dwte)?;
     let (context, _) = matrix_shape(OP, "dwpe", dwpe)?;
     check(OP, DType::U32, &[("tokens", tokens, &[n])], &[])?;
-    check(OP, dx.dtype(), &[("dx", dx, &[n, d])], &[("dwte", dwte, &[vocab, d])])?;
-    check(OP, dx.dtype(), &[("dx", dx, &[n, d])], &[("dwpe", dwpe, &[context, d])])?;
-    on_cpu!(OP, dx, T => {
+    check_mixed(OP, dx.dtype(), &["dwte"], &[("dx", dx, &[n, d])], &[("dwte", dwte, &[vocab, d])])?;
+    check_mixed(OP, dx.dtype(), &["dwpe"], &[("dx", dx, &[n, d])], &[("dwpe", dwpe, &[context, d])])?;
+    on_device!(OP, dx, gpu => gpu.launch(OP, |k, stream| {
+        let (element, d) = (gpu.element(OP, dx)?, cuda::length(OP, "width", d)?);
+        let [scratch] = gpu.scratch([unsafe { (k.embedding_backward_scratch)(n) }])?;
+        let (tokens, dx, dwte, dwpe) = (gpu.at(tokens)?, gpu.at(dx)?, gpu.at(dwte)?, gpu.at(dwpe)?);
+        let (vocab, context) = (vocab as u32, context as u32);
+        Ok(unsafe { (k.embedding_backward)(element, tokens, dx, dwte, dwpe, n, vocab, context, d, scratch, stream) })
+    }), T => {
         let (tokens, dx) = (read::<u32>(tokens)?, read::<T>(dx)?);
         check_indices(OP, "token", &tokens, vocab)?;
         write(dwte, |dwte: &mut [T]| {

@@ -4,7 +4,7 @@
 //! gelu(x)  = x/2 (1 + tanh u) = x σ(2u),   u = √(2/π) (x + 0.044715 x³),   σ(z) = 1 / (1 + e^{-z})
 //! gelu'(x) = σ + x σ (1 - σ) 2u',          u' = √(2/π) (1 + 3 · 0.044715 x²)
 //! ```
-use super::access::{check, on_cpu, read, write};
+use super::access::{check, on_device, read, write};
 use super::profile;
 use super::real::{PIECE, Real, vectorized};
 use crate::error::Result;
@@ -20,7 +20,10 @@ pub fn forward(x: &Tensor, out: &Tensor) -> Result<()> {
     const OP: &str = "gelu::forward";
     let _time = profile::time(OP);
     check(OP, x.dtype(), &[("x", x, x.dims())], &[("out", out, x.dims())])?;
-    on_cpu!(OP, out, T => {
+    on_device!(OP, out, gpu => gpu.launch(OP, |k, stream| {
+        let (element, n, x, out) = (gpu.element(OP, x)?, x.elem_count(), gpu.at(x)?, gpu.at(out)?);
+        Ok(unsafe { (k.gelu_forward)(element, x, out, n, stream) })
+    }), T => {
         let x = read::<T>(x)?;
         write(out, |out: &mut [T]| {
             out.par_chunks_mut(PIECE).zip(x.par_chunks(PIECE)).for_each(|(out, x)| forward_piece(x, out));
@@ -34,7 +37,10 @@ pub fn backward(x: &Tensor, d: &Tensor) -> Result<()> {
     const OP: &str = "gelu::backward";
     let _time = profile::time(OP);
     check(OP, x.dtype(), &[("x", x, x.dims())], &[("d", d, x.dims())])?;
-    on_cpu!(OP, d, T => {
+    on_device!(OP, d, gpu => gpu.launch(OP, |k, stream| {
+        let (element, n, x, d) = (gpu.element(OP, x)?, x.elem_count(), gpu.at(x)?, gpu.at(d)?);
+        Ok(unsafe { (k.gelu_backward)(element, x, d, n, stream) })
+    }), T => {
         let x = read::<T>(x)?;
         write(d, |d: &mut [T]| {
             d.par_chunks_mut(PIECE).zip(x.par_chunks(PIECE)).for_each(|(d, x)| backward_piece(x, d));

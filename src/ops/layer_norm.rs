@@ -4,7 +4,9 @@
 //! x̂ = (x - mean) rstd,   rstd = 1 / √(var + 1e-5),   y = x̂ weight + bias
 //! g = dy weight,   dx = rstd (g - mean(g) - x̂ mean(g x̂)),   dweight = Σ_rows dy x̂,   dbias = Σ_rows dy
 //! ```
-use super::access::{check, matrix_shape, on_cpu, read, write};
+use super::access::{check_mixed, matrix_shape, on_device, read, write};
+#[cfg(any(feature = "cuda", test))]
+use super::cuda;
 use super::profile;
 use super::real::{Real, dot, rows_per_piece, sum, vectorized, with_scratch};
 use crate::error::Result;
@@ -20,8 +22,12 @@ pub fn forward(x: &Tensor, ln: &Tensor, out: &Tensor, stats: &Tensor) -> Result<
     let _time = profile::time(OP);
     let (n, d) = matrix_shape(OP, "x", x)?;
     let outputs = [("out", out, &[n, d][..]), ("stats", stats, &[n, 2])];
-    check(OP, x.dtype(), &[("x", x, &[n, d]), ("ln", ln, &[2, d])], &outputs)?;
-    on_cpu!(OP, out, T => {
+    check_mixed(OP, x.dtype(), &["stats"], &[("x", x, &[n, d]), ("ln", ln, &[2, d])], &outputs)?;
+    on_device!(OP, out, gpu => gpu.launch(OP, |k, stream| {
+        let (element, d) = (gpu.element(OP, x)?, cuda::length(OP, "width", d)?);
+        let (x, ln, out, stats) = (gpu.at(x)?, gpu.at(ln)?, gpu.at(out)?, gpu.at(stats)?);
+        Ok(unsafe { (k.layer_norm_forward)(element, x, ln, out, stats, n, d, stream) })
+    }), T => {
         let (x, ln) = (read::<T>(x)?, read::<T>(ln)?);
         let rows = rows_per_piece(d);
         write(out, |out: &mut [T]| write(stats, |stats: &mut [T]| {
@@ -38,8 +44,12 @@ pub fn normalize(x: &Tensor, ln: &Tensor, stats: &Tensor, out: &Tensor) -> Resul
     let _time = profile::time(OP);
     let (n, d) = matrix_shape(OP, "x", x)?;
     let inputs = [("x", x, &[n, d][..]), ("ln", ln, &[2, d]), ("stats", stats, &[n, 2])];
-    check(OP, x.dtype(), &inputs, &[("out", out, &[n, d])])?;
-    on_cpu!(OP, out, T => {
+    check_mixed(OP, x.dtype(), &["stats"], &inputs, &[("out", out, &[n, d])])?;
+    on_device!(OP, out, gpu => gpu.launch(OP, |k, stream| {
+        let (element, d) = (gpu.element(OP, x)?, cuda::length(OP, "width", d)?);
+        let (x, ln, stats, out) = (gpu.at(x)?, gpu.at(ln)?, gpu.at(stats)?, gpu.at(out)?);
+        Ok(unsafe { (k.layer_norm_normalize)(element, x, ln, stats, out, n, d, stream) })
+    }), T => {
         let (x, ln, stats) = (read::<T>(x)?, read::<T>(ln)?, read::<T>(stats)?);
         let rows = rows_per_piece(d);
         write(out, |out: &mut [T]| {
@@ -56,8 +66,14 @@ pub fn backward(dy: &Tensor, x: &Tensor, ln: &Tensor, stats: &Tensor, dx: &Tenso
     let _time = profile::time(OP);
     let (n, d) = matrix_shape(OP, "x", x)?;
     let inputs = [("dy", dy, &[n, d][..]), ("x", x, &[n, d]), ("ln", ln, &[2, d]), ("stats", stats, &[n, 2])];
-    check(OP, x.dtype(), &inputs, &[("dx", dx, &[n, d]), ("dln", dln, &[2, d])])?;
-    on_cpu!(OP, dx, T => {
+    check_mixed(OP, x.dtype(), &["stats", "dln"], &inputs, &[("dx", dx, &[n, d]), ("dln", dln, &[2, d])])?;
+    on_device!(OP, dx, gpu => gpu.launch(OP, |k, stream| {
+        let (element, d) = (gpu.element(OP, x)?, cuda::length(OP, "width", d)?);
+        let [scratch] = gpu.scratch([unsafe { (k.layer_norm_backward_scratch)(n, d) }])?;
+        let (dy, x, ln, stats, dx, dln) =
+            (gpu.at(dy)?, gpu.at(x)?, gpu.at(ln)?, gpu.at(stats)?, gpu.at(dx)?, gpu.at(dln)?);
+        Ok(unsafe { (k.layer_norm_backward)(element, dy, x, ln, stats, dx, dln, n, d, scratch, stream) })
+    }), T => {
         let (dy, x, ln, stats) = (read::<T>(dy)?, read::<T>(x)?, read::<T>(ln)?, read::<T>(stats)?);
         let rows = rows_per_piece(d);
         write(dx, |dx: &mut [T]| write(dln, |dln: &mut [T]| {

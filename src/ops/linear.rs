@@ -1,5 +1,7 @@
 //! Affine map of rows: y = x wᵀ + b.
-use super::access::{check, matrix_shape, on_cpu, read, write};
+use super::access::{check, check_mixed, matrix_shape, on_device, read, write};
+#[cfg(any(feature = "cuda", test))]
+use super::cuda;
 use super::matrix::{Mat, MatMut, for_each_tile, multiply, multiply_parallel};
 use super::profile;
 use super::real::{Real, rows_per_piece, vectorized, with_scratch};
@@ -17,7 +19,20 @@ pub fn forward(x: &Tensor, w: &Tensor, b: Option<&Tensor>, alpha: f64, beta: f64
     if let Some(b) = b {
         check(OP, x.dtype(), &[("b", b, &[o])], &[("out", out, &[n, o])])?;
     }
-    on_cpu!(OP, out, T => {
+    on_device!(OP, out, gpu => {
+        let beta = match b {
+            Some(b) => {
+                gpu.launch(OP, |k, stream| {
+                    let (element, o) = (gpu.element(OP, out)?, cuda::length(OP, "width", o)?);
+                    let (b, out) = (gpu.at(b)?, gpu.at(out)?);
+                    Ok(unsafe { (k.add_bias)(element, alpha as f32, b, beta as f32, out, n, o, stream) })
+                })?;
+                1.0
+            }
+            None => beta,
+        };
+        gpu.multiply([n, o, i], alpha, gpu.matrix(x, i)?, gpu.matrix(w, i)?.t(), beta, gpu.matrix(out, o)?)
+    }, T => {
         let (x, w) = (read::<T>(x)?, read::<T>(w)?);
         let b = b.map(read::<T>).transpose()?;
         let (x, w) = (Mat::new(&x, i), Mat::new(&w, i).t());
@@ -42,7 +57,9 @@ pub fn backward_input(dy: &Tensor, w: &Tensor, alpha: f64, beta: f64, dx: &Tenso
     let (_, i) = matrix_shape(OP, "w", w)?;
     let _time = profile::time_product(OP, [o, i]);
     check(OP, dy.dtype(), &[("dy", dy, &[n, o]), ("w", w, &[o, i])], &[("dx", dx, &[n, i])])?;
-    on_cpu!(OP, dx, T => {
+    on_device!(OP, dx, gpu => {
+        gpu.multiply([n, i, o], alpha, gpu.matrix(dy, o)?, gpu.matrix(w, i)?, beta, gpu.matrix(dx, i)?)
+    }, T => {
         let (dy, w) = (read::<T>(dy)?, read::<T>(w)?);
         write(dx, |dx: &mut [T]| {
             multiply_parallel(alpha, Mat::new(&dy, o), Mat::new(&w, i), beta, MatMut::new(dx, i));
@@ -58,11 +75,20 @@ pub fn backward_weight(dy: &Tensor, x: &Tensor, alpha: f64, dw: &Tensor, db: Opt
     let (n, o) = matrix_shape(OP, "dy", dy)?;
     let (_, i) = matrix_shape(OP, "x", x)?;
     let _time = profile::time_product(OP, [o, i]);
-    check(OP, dy.dtype(), &[("dy", dy, &[n, o]), ("x", x, &[n, i])], &[("dw", dw, &[o, i])])?;
+    check_mixed(OP, dy.dtype(), &["dw"], &[("dy", dy, &[n, o]), ("x", x, &[n, i])], &[("dw", dw, &[o, i])])?;
     if let Some(db) = db {
-        check(OP, dy.dtype(), &[("dy", dy, &[n, o])], &[("db", db, &[o])])?;
+        check_mixed(OP, dy.dtype(), &["db"], &[("dy", dy, &[n, o])], &[("db", db, &[o])])?;
     }
-    on_cpu!(OP, dw, T => {
+    on_device!(OP, dw, gpu => {
+        gpu.multiply([o, i, n], alpha, gpu.matrix(dy, o)?.t(), gpu.matrix(x, i)?, 1.0, gpu.matrix(dw, i)?)?;
+        let Some(db) = db else { return Ok(()) };
+        gpu.launch(OP, |k, stream| {
+            let (element, o) = (gpu.element(OP, dy)?, cuda::length(OP, "width", o)?);
+            let [scratch] = gpu.scratch([unsafe { (k.add_column_sums_scratch)(n, o) }])?;
+            let (dy, db) = (gpu.at(dy)?, gpu.at(db)?);
+            Ok(unsafe { (k.add_column_sums)(element, dy, alpha as f32, db, n, o, scratch, stream) })
+        })
+    }, T => {
         let (dy, x) = (read::<T>(dy)?, read::<T>(x)?);
         write(dw, |dw: &mut [T]| {
             multiply_parallel(alpha, Mat::new(&dy, o).t(), Mat::new(&x, i), 1.0, MatMut::new(dw, i));

@@ -1,7 +1,8 @@
 //! The operations a step is made of: one op a file, with its formula, forward and backward.
 //!
-//! Every op takes contiguous candle tensors on one device (f32, or f64 in verification) and writes into tensors its
-//! caller allocated; nothing is allocated inside a step. A function says for each output whether it is overwritten
+//! Every op takes contiguous candle tensors on one device and writes into tensors its caller allocated; nothing is
+//! allocated inside a step. The CPU computes in f32, or in f64 in verification, a GPU in f32 or bf16; what is a sum over
+//! many elements (statistics of rows, gradients of parameters) has the dtype [`access::sums`] names. A function says for each output whether it is overwritten
 //! (`=`) or accumulated into (`+=`). An output lies in another storage than the inputs and the other outputs, unless
 //! the function says otherwise; views of a larger storage are welcome. Token and target tensors are U32. The CPU code
 //! is the reference for every other device.
@@ -12,6 +13,8 @@
 pub mod access;
 pub mod attention;
 pub mod classifier;
+#[cfg(any(feature = "cuda", test))]
+pub mod cuda;
 pub mod embedding;
 pub mod gelu;
 pub mod layer_norm;
@@ -23,4 +26,4 @@ pub mod real;
 pub mod residual;
 
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;

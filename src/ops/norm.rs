@@ -1,5 +1,5 @@
 //! Euclidean norm of a whole tensor.
-use super::access::{on_cpu, read};
+use super::access::{on_device, read};
 use super::profile;
 use super::real::{PIECE, Real, reduce, vectorized, with_scratch};
 use crate::error::Result;
@@ -10,7 +10,15 @@ use rayon::prelude::*;
 pub fn sum_of_squares(x: &Tensor) -> Result<f64> {
     const OP: &str = "norm::sum_of_squares";
     let _time = profile::time(OP);
-    on_cpu!(OP, x, T => {
+    on_device!(OP, x, gpu => {
+        let n = x.elem_count();
+        let [sum, scratch] = gpu.scratch([size_of::<f64>(), unsafe { (gpu.kernels().sum_scratch)(n) }])?;
+        gpu.launch(OP, |k, stream| {
+            let (element, x) = (gpu.element(OP, x)?, gpu.at(x)?);
+            Ok(unsafe { (k.sum_of_squares)(element, x, sum, n, scratch, stream) })
+        })?;
+        gpu.read_f64(sum)
+    }, T => {
         let x = read::<T>(x)?;
         Ok(with_scratch(x.len().div_ceil(PIECE), |partials: &mut [f64]| {
             x.par_chunks(PIECE).zip(partials.par_iter_mut()).for_each(|(x, partial)| *partial = piece(x));

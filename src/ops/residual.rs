@@ -1,5 +1,5 @@
 //! Sums of states: the steps of the integrators.
-use super::access::{check, on_cpu, read, write};
+use super::access::{check, on_device, read, write};
 use super::profile;
 use super::real::{PIECE, Real, vectorized};
 use crate::error::Result;
@@ -12,7 +12,10 @@ pub fn combine(a: f64, x: &Tensor, b: f64, y: &Tensor, out: &Tensor) -> Result<(
     let _time = profile::time(OP);
     let shape = out.dims();
     check(OP, out.dtype(), &[("x", x, shape), ("y", y, shape)], &[("out", out, shape)])?;
-    on_cpu!(OP, out, T => {
+    on_device!(OP, out, gpu => gpu.launch(OP, |k, stream| {
+        let (element, n, x, y, out) = (gpu.element(OP, out)?, out.elem_count(), gpu.at(x)?, gpu.at(y)?, gpu.at(out)?);
+        Ok(unsafe { (k.combine)(element, a as f32, x, b as f32, y, out, n, stream) })
+    }), T => {
         let (x, y) = (read::<T>(x)?, read::<T>(y)?);
         let (a, b) = (T::of(a), T::of(b));
         write(out, |out: &mut [T]| {
@@ -28,7 +31,10 @@ pub fn scale_add(a: f64, out: &Tensor, b: f64, x: &Tensor) -> Result<()> {
     const OP: &str = "residual::scale_add";
     let _time = profile::time(OP);
     check(OP, out.dtype(), &[("x", x, out.dims())], &[("out", out, out.dims())])?;
-    on_cpu!(OP, out, T => {
+    on_device!(OP, out, gpu => gpu.launch(OP, |k, stream| {
+        let (element, n, x, out) = (gpu.element(OP, out)?, out.elem_count(), gpu.at(x)?, gpu.at(out)?);
+        Ok(unsafe { (k.combine)(element, a as f32, out, b as f32, x, out, n, stream) })
+    }), T => {
         let x = read::<T>(x)?;
         let (a, b) = (T::of(a), T::of(b));
         write(out, |out: &mut [T]| {

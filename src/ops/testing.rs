@@ -1,7 +1,8 @@
 //! What the tests of the ops share: tensors that are views into NaN, comparison, finite differences.
-use crate::ops::access;
+use crate::ops::{access, cuda::emulate};
 use candle_core::{DType, Device, Tensor};
 use rand::{Rng, SeedableRng, rngs::StdRng};
+use std::cell::RefCell;
 
 /// A view of `shape` at an odd offset into a larger storage whose other elements are NaN.
 pub fn view(values: &[f64], shape: &[usize], dtype: DType) -> Tensor {
@@ -103,4 +104,128 @@ pub fn copy_of(x: &Tensor) -> Tensor {
     let out = unset(x.dims(), x.dtype());
     access::copy(x, &out).unwrap();
     out
+}
+
+/// Where an op runs in a test: its device, the dtypes of elements and of sums, how its tensors lie in memory. They have
+/// guards of NaN on both sides.
+pub struct Place {
+    pub device: Device,
+    pub elements: DType,
+    pub sums: DType,
+    /// Elements in front of each tensor.
+    before: usize,
+    /// What inputs are rounded to before they become elements.
+    rounded_to: DType,
+    storages: RefCell<Vec<(Tensor, usize)>>,
+}
+
+impl Place {
+    const AFTER: usize = 5;
+
+    fn new(device: &Device, elements: DType, before: usize) -> Place {
+        let (device, sums) = (device.clone(), access::sums(elements));
+        Place { device, elements, sums, before, rounded_to: elements, storages: RefCell::default() }
+    }
+
+    fn rounding(self, dtype: DType) -> Place {
+        Place { rounded_to: dtype, ..self }
+    }
+
+    fn tensor(&self, values: &[f64], shape: &[usize], dtype: DType) -> Tensor {
+        let storage = [&vec![f64::NAN; self.before][..], values, &[f64::NAN; Place::AFTER]].concat();
+        let storage = Tensor::new(storage, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+        let storage = storage.to_device(&self.device).unwrap();
+        self.storages.borrow_mut().push((storage.clone(), values.len()));
+        storage.narrow(0, self.before, values.len()).unwrap().reshape(shape).unwrap()
+    }
+
+    /// An input of the test, rounded to this place's elements.
+    pub fn input(&self, x: &Tensor) -> Tensor {
+        self.tensor(&values(&x.to_dtype(self.rounded_to).unwrap()), x.dims(), self.elements)
+    }
+
+    pub fn indices(&self, x: &Tensor) -> Tensor {
+        x.to_device(&self.device).unwrap()
+    }
+
+    /// NaN everywhere, for an output that an op sets.
+    pub fn unset(&self, shape: &[usize]) -> Tensor {
+        self.tensor(&vec![f64::NAN; shape.iter().product()], shape, self.elements)
+    }
+
+    pub fn unset_sums(&self, shape: &[usize]) -> Tensor {
+        self.tensor(&vec![f64::NAN; shape.iter().product()], shape, self.sums)
+    }
+
+    /// For sums that an op adds to.
+    pub fn sums_of(&self, value: f64, shape: &[usize]) -> Tensor {
+        self.tensor(&vec![value; shape.iter().product()], shape, self.sums)
+    }
+
+    #[track_caller]
+    fn check_guards(&self) {
+        for (storage, len) in self.storages.borrow().iter() {
+            let values = values(&storage.to_device(&Device::Cpu).unwrap());
+            let (before, rest) = values.split_at(self.before);
+            let guards = before.iter().chain(&rest[*len..]);
+            assert!(guards.copied().all(f64::is_nan), "a write beside the tensor");
+        }
+    }
+}
+
+/// Bit patterns, so that NaN equals itself.
+fn run_at(place: Place, op: &dyn Fn(&Place) -> Vec<Tensor>) -> Vec<Vec<u64>> {
+    let outputs = op(&place);
+    let bits = |x: &Tensor| values(&x.to_device(&Device::Cpu).unwrap()).into_iter().map(f64::to_bits).collect();
+    let bits = outputs.iter().map(bits).collect();
+    place.check_guards();
+    bits
+}
+
+/// `op` on a GPU equals `op` on the CPU in f64: in f32 up to `tolerances[0]`, in bf16, from inputs rounded to it, up to
+/// `tolerances[1]`, as [`assert_close`] says. The GPU is emulated, and with the feature `cuda` also the first real one; tensors
+/// begin at multiples of 16 bytes, and at odd elements. Prints the largest errors.
+#[track_caller]
+pub fn assert_gpu_equals_cpu(name: &str, tolerances: [f64; 2], op: impl Fn(&Place) -> Vec<Tensor>) {
+    for (dtype, tolerance) in [(DType::F32, tolerances[0]), (DType::BF16, tolerances[1])] {
+        // Inputs are rounded as the GPU's are, then widened.
+        let expected = run_at(Place::new(&Device::Cpu, DType::F64, 8).rounding(dtype), &op);
+        for before in [8, 7] {
+            let emulated = emulate::run(|| run_at(Place::new(&Device::Cpu, dtype, before), &op));
+            if let Some(outputs) = emulated {
+                report(name, "emulated", dtype, tolerance, &outputs, &expected);
+            }
+            #[cfg(feature = "cuda")]
+            {
+                let outputs = run_at(Place::new(real_gpu(), dtype, before), &op);
+                report(name, "GPU", dtype, tolerance, &outputs, &expected);
+            }
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn real_gpu() -> &'static Device {
+    static GPU: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
+    GPU.get_or_init(|| crate::ops::cuda::select(0).expect("tests of the feature `cuda` need a GPU").device)
+}
+
+#[track_caller]
+fn report(name: &str, gpu: &str, dtype: DType, tolerance: f64, outputs: &[Vec<u64>], expected: &[Vec<u64>]) {
+    assert_eq!(outputs.len(), expected.len());
+    let mut worst = 0f64;
+    for (k, (outputs, expected)) in outputs.iter().zip(expected).enumerate() {
+        let [outputs, expected] = [outputs, expected].map(|x| x.iter().map(|&x| f64::from_bits(x)).collect::<Vec<_>>());
+        assert_eq!(outputs.len(), expected.len());
+        let scale = expected.iter().fold(1.0, |scale: f64, e| scale.max(e.abs()));
+        for (i, (o, e)) in outputs.iter().zip(&expected).enumerate() {
+            let error = (o - e).abs() / scale;
+            worst = worst.max(error);
+            assert!(
+                error <= tolerance || o.is_nan() && e.is_nan(),
+                "{name} {gpu} {dtype:?}: output {k}, element {i}: {o}, expected {e}"
+            );
+        }
+    }
+    println!("{name:40} {gpu:8} {dtype:?}: largest error {worst:.1e} (allowed {tolerance:.1e})");
 }

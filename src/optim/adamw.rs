@@ -8,11 +8,15 @@
 //!
 //! t counts the updates of the row, this one included.
 
+#[cfg(any(feature = "cuda", test))]
+use super::pass::GpuRow;
 use super::pass::{Elements, Rule, Step};
 use super::{Hyper, Moment, Optimizer};
 use crate::config::OptimizerTable;
 use crate::error::Result;
 use crate::model::{Layout, Segment};
+#[cfg(any(feature = "cuda", test))]
+use crate::ops::cuda::{AdamWRule, Gpu};
 use crate::ops::real::Real;
 use candle_core::Tensor;
 
@@ -28,6 +32,32 @@ impl AdamW {
         let &OptimizerTable { beta1, beta2, eps, weight_decay, .. } = table;
         AdamW { beta1, beta2, eps, weight_decay }
     }
+
+    /// η / (1 − β₁ᵗ) and 1 / √(1 − β₂ᵗ)
+    fn corrected(&self, t: u64, hyper: &Hyper) -> (f64, f64) {
+        let correction = |beta: f64| 1.0 - beta.powf(t as f64);
+        (hyper.lr / correction(self.beta1), correction(self.beta2).sqrt().recip())
+    }
+
+    /// Updates the segments of a row that `chosen` names, on a GPU.
+    #[cfg(any(feature = "cuda", test))]
+    pub(super) fn launch_on(&self, gpu: &Gpu, row: &GpuRow<3>, chosen: impl Fn(&Segment) -> bool) -> Result<()> {
+        let stretches = row.stretches(self.weight_decay, chosen)?;
+        let (step_size, root_correction) = self.corrected(row.t, row.hyper);
+        let rule = AdamWRule {
+            scale: row.hyper.gradient_scale as f32,
+            one_minus_beta1: (1.0 - self.beta1) as f32,
+            beta2: self.beta2 as f32,
+            one_minus_beta2: (1.0 - self.beta2) as f32,
+            step_size: step_size as f32,
+            root_correction: root_correction as f32,
+            eps: (self.eps * row.hyper.eps_scale) as f32,
+        };
+        let [theta, m, v] = row.written;
+        gpu.launch(Self::NAME, |k, stream| {
+            Ok(unsafe { (k.adamw)(rule, &stretches, row.grad, theta, m, v, row.layout.len(), stream) })
+        })
+    }
 }
 
 impl Rule<3> for AdamW {
@@ -35,12 +65,11 @@ impl Rule<3> for AdamW {
 
     fn update<T: Real>(&self, segment: &Segment, t: u64, hyper: &Hyper, elements: Elements<T, 3>) {
         let decay = if segment.decay { hyper.lr * self.weight_decay } else { 0.0 };
-        let correction = |beta: f64| 1.0 - beta.powf(t as f64);
+        let (step_size, root_correction) = self.corrected(t, hyper);
         let (keep, scale) = (T::of(1.0 - decay), T::of(hyper.gradient_scale));
         let (one_minus_beta1, beta2) = (T::of(1.0 - self.beta1), T::of(self.beta2));
         let one_minus_beta2 = T::of(1.0 - self.beta2);
-        let step_size = T::of(hyper.lr / correction(self.beta1));
-        let root_correction = T::of(correction(self.beta2).sqrt().recip());
+        let (step_size, root_correction) = (T::of(step_size), T::of(root_correction));
         let eps = T::of(self.eps * hyper.eps_scale);
         elements.for_each(
             #[inline(always)]
@@ -51,6 +80,11 @@ impl Rule<3> for AdamW {
                 [keep * theta - step_size * m / (v.sqrt() * root_correction + eps), m, v]
             },
         );
+    }
+
+    #[cfg(any(feature = "cuda", test))]
+    fn launch(&self, gpu: &Gpu, row: &GpuRow<3>) -> Result<()> {
+        self.launch_on(gpu, row, |_| true)
     }
 }
 

@@ -14,11 +14,15 @@
 //! η is about 0.02 while Adam's rate is about a tenth of that: hence a ratio of learning rates instead of Moonshot's scale
 //! 0.2 √max(r, c) (arXiv 2502.16982), which is made to share one rate. The fused qkv weight is three matrices.
 
+#[cfg(any(feature = "cuda", test))]
+use super::pass::GpuRow;
 use super::pass::{Elements, Rule, Step};
 use super::{AdamW, Hyper, Moment, Optimizer};
 use crate::config::OptimizerTable;
 use crate::error::Result;
 use crate::model::{Layout, Segment};
+#[cfg(any(feature = "cuda", test))]
+use crate::ops::cuda::{Address, Gpu, Operand};
 use crate::ops::matrix::{Mat, MatMut, multiply};
 use crate::ops::real::{Real, reduce, vectorized, with_scratch};
 use candle_core::Tensor;
@@ -48,6 +52,13 @@ impl Muon {
         }
     }
 
+    /// 1 − η λ and η √max(1, r/c) of a matrix [r, c].
+    fn keep_and_step_size(&self, [rows, columns]: [usize; 2], decay: bool, hyper: &Hyper) -> (f64, f64) {
+        let lr = hyper.lr * self.lr_ratio;
+        let keep = 1.0 - if decay { lr * self.weight_decay } else { 0.0 };
+        (keep, lr * (rows as f64 / columns as f64).max(1.0).sqrt())
+    }
+
     /// Updates one matrix of `columns` columns, on this thread; the moment v is not used.
     fn update_matrix<T: Real>(&self, columns: usize, decay: bool, hyper: &Hyper, elements: Elements<T, 3>) {
         let Elements { grad, written: [theta, momentum, _] } = elements;
@@ -58,9 +69,8 @@ impl Muon {
             let gradient = Elements { grad, written: [momentum, x] };
             self.accumulate(hyper, gradient);
             let x = orthogonalize(x, workspace, columns);
-            let lr = hyper.lr * self.lr_ratio;
-            let keep = T::of(1.0 - if decay { lr * self.weight_decay } else { 0.0 });
-            let step_size = T::of(lr * (rows as f64 / columns as f64).max(1.0).sqrt());
+            let (keep, step_size) = self.keep_and_step_size([rows, columns], decay, hyper);
+            let (keep, step_size) = (T::of(keep), T::of(step_size));
             let direction = Elements { grad: x, written: [theta] };
             vectorized(
                 #[inline(always)]
@@ -83,6 +93,75 @@ impl Muon {
             },
         );
     }
+}
+
+/// Shape and number of the matrices that a segment is, if Muon orthogonalises it.
+fn matrices(segment: &Segment) -> Option<([usize; 2], usize)> {
+    let &[rows, columns] = &segment.shape[..] else { return None };
+    let count = if segment.name.ends_with("qkv/weight") { 3 } else { 1 };
+    segment.orthogonalize.then_some(([rows / count, columns], count))
+}
+
+#[cfg(any(feature = "cuda", test))]
+impl Muon {
+    /// Updates one matrix on a GPU, as [`Muon::update_matrix`] does.
+    fn launch_matrix(
+        &self,
+        gpu: &Gpu,
+        shape: [usize; 2],
+        decay: bool,
+        hyper: &Hyper,
+        grad: Address,
+        [theta, momentum]: [Address; 2],
+    ) -> Result<()> {
+        let (n, small) = (shape[0] * shape[1], shape[0].min(shape[1]));
+        let float = size_of::<f32>();
+        let sum_scratch = unsafe { (gpu.kernels().sum_scratch)(n) };
+        let lengths =
+            [n * float, n * float, small * small * float, small * small * float, size_of::<f64>(), sum_scratch];
+        let [x, next, gram, polynomial, square, sum_scratch] = gpu.scratch(lengths)?;
+        let (scale, mu) = (hyper.gradient_scale as f32, self.momentum as f32);
+        gpu.launch(Self::NAME, |k, stream| {
+            Ok(unsafe { (k.momentum)(scale, mu, self.nesterov.into(), grad, momentum, x, n, stream) })
+        })?;
+        gpu.launch(Self::NAME, |k, stream| Ok(unsafe { (k.sum_of_squares)(0, x, square, n, sum_scratch, stream) }))?;
+        gpu.launch(Self::NAME, |k, stream| Ok(unsafe { (k.normalize)(x, square, SMALLEST_NORM, n, stream) }))?;
+        let x = launch_orthogonalize(gpu, shape, [x, next], gram, polynomial)?;
+        let (keep, step_size) = self.keep_and_step_size(shape, decay, hyper);
+        gpu.launch(Self::NAME, |k, stream| {
+            Ok(unsafe { (k.combine)(0, keep as f32, theta, -step_size as f32, x, theta, n, stream) })
+        })
+    }
+}
+
+/// The orthogonalised `x`, which lies in `x` or in `next`, both overwritten.
+#[cfg(any(feature = "cuda", test))]
+fn launch_orthogonalize(
+    gpu: &Gpu,
+    [rows, columns]: [usize; 2],
+    [mut x, mut next]: [Address; 2],
+    gram: Address,
+    polynomial: Address,
+) -> Result<Address> {
+    let small = rows.min(columns);
+    let matrix = |at, pitch| Operand { at, dtype: candle_core::DType::F32, pitch, transposed: false };
+    let (gram, polynomial) = (matrix(gram, small), matrix(polynomial, small));
+    let [a, b, c] = QUINTIC;
+    for _ in 0..ITERATIONS {
+        let view = matrix(x, columns);
+        let (left, right) = if rows <= columns { (view, view.t()) } else { (view.t(), view) };
+        gpu.multiply([small, small, rows.max(columns)], 1.0, left, right, 0.0, gram)?;
+        // polynomial = a I + b A + c A²
+        gpu.launch(Muon::NAME, |k, stream| {
+            Ok(unsafe { (k.copy)(gram.at, polynomial.at, small * small * size_of::<f32>(), stream) })
+        })?;
+        gpu.multiply([small; 3], c, gram, gram, b, polynomial)?;
+        gpu.launch(Muon::NAME, |k, stream| Ok(unsafe { (k.add_diagonal)(polynomial.at, a as f32, small, stream) }))?;
+        let (left, right) = if rows <= columns { (polynomial, view) } else { (view, polynomial) };
+        gpu.multiply([rows, columns, small], 1.0, left, right, 0.0, matrix(next, columns))?;
+        std::mem::swap(&mut x, &mut next);
+    }
+    Ok(x)
 }
 
 /// The orthogonalised `x`, which lies in `x` or in `workspace` (|x| + 2 min(r, c)² elements). Both are overwritten.
@@ -133,17 +212,26 @@ impl Rule<3> for Muon {
     const NAME: &str = "muon";
 
     fn update<T: Real>(&self, segment: &Segment, t: u64, hyper: &Hyper, elements: Elements<T, 3>) {
-        let &[rows, columns] = &segment.shape[..] else {
+        let Some(([rows, columns], count)) = matrices(segment) else {
             return self.adamw.update(segment, t, hyper, elements);
         };
-        if !segment.orthogonalize {
-            return self.adamw.update(segment, t, hyper, elements);
-        }
-        let matrices = if segment.name.ends_with("qkv/weight") { 3 } else { 1 };
-        let len = rows / matrices * columns;
-        elements.for_each_part(0..matrices, &|k| k * len, &|_, matrix| {
+        elements.for_each_part(0..count, &|k| k * rows * columns, &|_, matrix| {
             self.update_matrix(columns, segment.decay, hyper, matrix);
         });
+    }
+
+    #[cfg(any(feature = "cuda", test))]
+    fn launch(&self, gpu: &Gpu, row: &GpuRow<3>) -> Result<()> {
+        for segment in &row.layout.segments {
+            let Some((shape, count)) = matrices(segment) else { continue };
+            let (grad, [theta, momentum, _]) = row.segment(segment);
+            for k in 0..count {
+                let place = |address: Address| address.offset(k * shape[0] * shape[1] * size_of::<f32>());
+                let written = [theta, momentum].map(place);
+                self.launch_matrix(gpu, shape, segment.decay, row.hyper, place(grad), written)?;
+            }
+        }
+        self.adamw.launch_on(gpu, row, |segment| matrices(segment).is_none())
     }
 }
 

@@ -6,10 +6,14 @@
 use super::Hyper;
 use crate::error::{Result, bail, ensure};
 use crate::model::{Layout, Segment};
-use crate::ops::access::{check, no_kernel, read, write};
+use crate::ops::access::{check, on_device, read, write};
+#[cfg(any(feature = "cuda", test))]
+use crate::ops::cuda::{Address, Gpu, Stretch, Stretches};
 use crate::ops::profile;
 use crate::ops::real::{PIECE, Real, vectorized};
-use candle_core::{DType, Device, Tensor};
+#[cfg(any(feature = "cuda", test))]
+use candle_core::DType;
+use candle_core::Tensor;
 use std::ops::Range;
 
 /// Elements that are updated together: two vectors of AVX2.
@@ -20,6 +24,48 @@ pub trait Rule<const N: usize>: Sync {
     const NAME: &str;
     /// Updates one segment of one row with its `t`-th gradient, t = 1, 2, ...
     fn update<T: Real>(&self, segment: &Segment, t: u64, hyper: &Hyper, elements: Elements<T, N>);
+    /// Updates all segments of one row on a GPU.
+    #[cfg(any(feature = "cuda", test))]
+    fn launch(&self, gpu: &Gpu, row: &GpuRow<N>) -> Result<()>;
+}
+
+/// A row on a GPU, with its `t`-th gradient; everything is f32.
+#[cfg(any(feature = "cuda", test))]
+pub struct GpuRow<'a, const N: usize> {
+    pub layout: &'a Layout,
+    pub t: u64,
+    pub hyper: &'a Hyper,
+    pub grad: Address,
+    /// θ, then the moments.
+    pub written: [Address; N],
+}
+
+#[cfg(any(feature = "cuda", test))]
+impl<const N: usize> GpuRow<'_, N> {
+    /// The segments that `chosen` names, with their factors on θ for weight decay λ.
+    pub fn stretches(&self, weight_decay: f64, chosen: impl Fn(&Segment) -> bool) -> Result<Stretches> {
+        let mut stretches = Stretches::default();
+        for segment in self.layout.segments.iter().filter(|segment| chosen(segment)) {
+            let (begin, end) = (segment.offset, segment.offset + segment.len());
+            let keep = if segment.decay { 1.0 - self.hyper.lr * weight_decay } else { 1.0 } as f32;
+            let count = stretches.count as usize;
+            match stretches.of[..count].last_mut() {
+                Some(last) if last.end == begin && last.keep == keep => last.end = end,
+                _ => {
+                    ensure!(count < Stretches::MAX, "a GPU updates at most {} stretches of a row", Stretches::MAX);
+                    stretches.of[count] = Stretch { begin, end, keep };
+                    stretches.count += 1;
+                }
+            }
+        }
+        Ok(stretches)
+    }
+
+    /// Where a segment begins in each tensor: the gradient, then the written ones.
+    pub fn segment(&self, segment: &Segment) -> (Address, [Address; N]) {
+        let place = |address: Address| address.offset(segment.offset * size_of::<f32>());
+        (place(self.grad), self.written.map(place))
+    }
 }
 
 /// The same stretch of all tensors of a step.
@@ -117,11 +163,25 @@ impl Step<'_> {
     /// Applies `rule` to every segment of every row.
     pub fn apply<const N: usize>(&self, rule: &impl Rule<N>) -> Result<()> {
         let _time = profile::time("optimizer");
-        match (self.theta.device(), self.theta.dtype()) {
-            (Device::Cpu, DType::F32) => self.apply_as::<f32, N>(rule),
-            (Device::Cpu, DType::F64) => self.apply_as::<f64, N>(rule),
-            (device, dtype) => Err(no_kernel(rule_name(rule), device, dtype)),
+        on_device!(rule_name(rule), self.theta, gpu => self.launch(&gpu, rule), T => self.apply_as::<T, N>(rule))
+    }
+
+    #[cfg(any(feature = "cuda", test))]
+    fn launch<const N: usize>(&self, gpu: &Gpu, rule: &impl Rule<N>) -> Result<()> {
+        let name = rule_name(rule);
+        self.check(name, N - 1)?;
+        ensure!(self.theta.dtype() == DType::F32, "{name}: a GPU updates f32, not {:?}", self.theta.dtype());
+        let bytes = self.layout.len() * size_of::<f32>();
+        for (&row, &updates) in self.rows.iter().zip(self.updates) {
+            let place = |tensor: &Tensor| -> Result<Address> { Ok(gpu.at(tensor)?.offset(row * bytes)) };
+            let mut written = [place(self.theta)?; N];
+            for (written, moment) in written[1..].iter_mut().zip(self.moments) {
+                *written = place(moment)?;
+            }
+            let (layout, hyper, grad) = (self.layout, self.hyper, place(self.grad)?);
+            rule.launch(gpu, &GpuRow { layout, t: updates + 1, hyper, grad, written })?;
         }
+        Ok(())
     }
 
     fn apply_as<T: Real, const N: usize>(&self, rule: &impl Rule<N>) -> Result<()> {

@@ -6,11 +6,15 @@
 //! θ ← (1 − η λ) θ − η U
 //! ```
 
+#[cfg(any(feature = "cuda", test))]
+use super::pass::GpuRow;
 use super::pass::{Elements, Rule, Step};
 use super::{Hyper, Moment, Optimizer};
 use crate::config::OptimizerTable;
 use crate::error::Result;
 use crate::model::{Layout, Segment};
+#[cfg(any(feature = "cuda", test))]
+use crate::ops::cuda::Gpu;
 use crate::ops::real::Real;
 use candle_core::Tensor;
 
@@ -42,6 +46,17 @@ impl Rule<2> for Sgd {
                 [keep * theta - lr * u, b]
             },
         );
+    }
+
+    #[cfg(any(feature = "cuda", test))]
+    fn launch(&self, gpu: &Gpu, row: &GpuRow<2>) -> Result<()> {
+        let stretches = row.stretches(self.weight_decay, |_| true)?;
+        let (scale, mu, lr) = (row.hyper.gradient_scale as f32, self.momentum as f32, row.hyper.lr as f32);
+        let [theta, b] = row.written;
+        gpu.launch(Self::NAME, |k, stream| {
+            let n = row.layout.len();
+            Ok(unsafe { (k.sgd)(scale, mu, self.nesterov.into(), lr, &stretches, row.grad, theta, b, n, stream) })
+        })
     }
 }
 

@@ -1,16 +1,17 @@
 //! The numerical work of a run: step, switch, evaluation. Knows the net and its levels, not the plan.
 
+use super::device::device;
 use super::gradient::{Differentiator, Ends, Target, square_of_gradient};
 use crate::checkpoint::Checkpoint;
 use crate::comm::{Communicator, Reduction};
-use crate::config::{Config, DeviceKind, Parametrization};
+use crate::config::{Config, Parametrization};
 use crate::cycle::Side;
 use crate::data::{Dataset, Sampler, Split, share};
-use crate::error::{Result, bail};
+use crate::error::Result;
 use crate::levels::Hierarchy;
 use crate::model::{Spec, initialize};
 use crate::optim::{self, Hyper, Optimizer};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 
 /// One rank's net, its levels and its optimizer.
 pub struct Learner {
@@ -235,15 +236,5 @@ impl Validation {
             wanted => wanted.min(available),
         };
         Ok(Validation { sampler, sequences })
-    }
-}
-
-/// The device of this rank. Only the CPU has kernels so far.
-fn device(config: &Config) -> Result<Device> {
-    match config.parallel.device {
-        DeviceKind::Auto | DeviceKind::Cpu => Ok(Device::Cpu),
-        DeviceKind::Cuda => {
-            bail!("parallel.device = \"cuda\": this version has no GPU kernels; use \"cpu\" or \"auto\"")
-        }
     }
 }

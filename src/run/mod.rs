@@ -5,6 +5,7 @@
 
 mod balance;
 mod console;
+mod device;
 mod directory;
 mod environment;
 mod execute;

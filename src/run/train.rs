@@ -2,6 +2,7 @@
 
 use super::balance::Balance;
 use super::console::Console;
+use super::device::refuse_shared_gpus;
 use super::directory::RunDirectory;
 use super::environment;
 use super::execute::{Executor, Now, RoundReport};
@@ -107,6 +108,7 @@ impl Trainer {
         let places = Places::new(&config, &Spec::new(&config), comm.size())?;
         let learner = Learner::new(&config, places.smallest_group(&progress.plan), comm.size());
         let mut learner = agree(comm, learner)?;
+        refuse_shared_gpus(comm, learner.hierarchy.ends(0).theta.device())?;
         let resumed = newest_checkpoint(&options.run_dir, options.resume, comm)?;
         if let Some(checkpoint) = &resumed {
             let restored = restore(checkpoint, &config, &mut learner, &mut progress);

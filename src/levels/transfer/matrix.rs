@@ -1,4 +1,5 @@
 use crate::error::Result;
+use crate::ops::{access, residual};
 use candle_core::Tensor;
 
 /// A sparse matrix on the depth axis (axis 0) of trajectories.
@@ -49,27 +50,28 @@ impl Matrix {
 
     /// out = α M x + β out  (=), for x [cols, P] and out [rows, P] in different storage. β = 0 never reads out.
     ///
-    /// Works row by row, so that the memory it takes for a moment is a few rows. A weight of exactly 1 copies bit for bit.
+    /// Takes no memory. A weight of exactly 1 copies bit for bit.
     pub fn multiply(&self, alpha: f64, x: &Tensor, beta: f64, out: &Tensor) -> Result<()> {
         for (i, weights) in self.weights.iter().enumerate() {
-            if weights.is_empty() && beta == 1.0 {
-                continue;
+            let out = out.narrow(0, i, 1)?;
+            let mut beta = beta;
+            for &(j, w) in weights {
+                let (x, w) = (x.narrow(0, j, 1)?, alpha * w);
+                match (beta, w) {
+                    (0.0, 1.0) => access::copy(&x, &out)?,
+                    (0.0, _) => residual::combine(w, &x, 0.0, &x, &out)?,
+                    _ => residual::scale_add(beta, &out, w, &x)?,
+                }
+                beta = 1.0;
             }
-            let products = weights.iter().map(|&(j, w)| scaled_row(x, j, alpha * w));
-            let old = (beta != 0.0).then(|| scaled_row(out, i, beta));
-            match products.chain(old).reduce(|sum, term| Ok((sum? + term?)?)).transpose()? {
-                Some(row) => out.slice_set(&row, 0, i)?,
-                None => out.narrow(0, i, 1)?.zero_set()?,
+            match (weights.is_empty(), beta) {
+                (true, 0.0) => access::fill(&out, 0.0)?,
+                (true, beta) if beta != 1.0 => out.slice_set(&out.affine(beta, 0.0)?, 0, 0)?,
+                _ => {}
             }
         }
         Ok(())
     }
-}
-
-/// w x_i [1, P]; a view where w = 1.
-fn scaled_row(x: &Tensor, i: usize, w: f64) -> Result<Tensor> {
-    let row = x.narrow(0, i, 1)?;
-    Ok(if w == 1.0 { row } else { row.affine(w, 0.0)? })
 }
 
 #[cfg(test)]

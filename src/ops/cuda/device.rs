@@ -1,0 +1,194 @@
+//! A real GPU: choosing it, its addresses, scratch memory, products by cuBLAS.
+use super::{Address, Operand, Stream};
+use crate::error::{Context, Result, bail, ensure};
+use candle_core::cuda_backend::CudaStorageSlice;
+use candle_core::cuda_backend::cudarc::cublas::{result as blas, sys as blas_sys};
+use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaSlice, DevicePtr, DeviceRepr, result, sys};
+use candle_core::{CudaDevice, DType, Device, Storage, Tensor};
+use std::cell::RefCell;
+use std::ffi::{c_int, c_void};
+
+/// The oldest GPUs that the kernels are compiled for: A100.
+const LEAST_CAPABILITY: (i32, i32) = (8, 0);
+
+/// The GPU of a rank.
+pub struct Selected {
+    pub device: Device,
+    pub ordinal: usize,
+    pub name: String,
+}
+
+/// How many GPUs this process sees; 0 where there is no driver.
+pub fn visible() -> usize {
+    CudaContext::device_count().map_or(0, |count| count as usize)
+}
+
+/// Tells a GPU from all others, also where processes see different ones under the same number.
+pub fn uuid(device: &CudaDevice) -> Result<[u8; 16]> {
+    let uuid = device.cuda_stream().context().uuid().map_err(driver_error)?;
+    Ok(uuid.bytes.map(|byte| byte as u8))
+}
+
+/// The GPU of the rank that is the `local_rank`-th of its node: the only one where one is visible (the launcher has bound each
+/// rank to its own), else the one of that number.
+pub fn select(local_rank: usize) -> Result<Selected> {
+    let visible = CudaContext::device_count().map_err(driver_error)? as usize;
+    ensure!(
+        visible > 0,
+        "no GPU is visible to this process: look at CUDA_VISIBLE_DEVICES and at what `nvidia-smi` lists"
+    );
+    let ordinal = if visible == 1 { 0 } else { local_rank };
+    ensure!(
+        ordinal < visible,
+        "rank {local_rank} of this node finds only {visible} GPUs: start at most {visible} ranks a node \
+         (--ntasks-per-node={visible} --gpus-per-node={visible})"
+    );
+    let context = CudaContext::new(ordinal).map_err(driver_error)?;
+    let name = context.name().map_err(driver_error)?;
+    let capability = context.compute_capability().map_err(driver_error)?;
+    ensure!(
+        capability >= LEAST_CAPABILITY,
+        "GPU {ordinal} ({name}) has compute capability {}.{}; {}.{} or newer is needed (A100, H100, ...)",
+        capability.0,
+        capability.1,
+        LEAST_CAPABILITY.0,
+        LEAST_CAPABILITY.1
+    );
+    keep_memory(ordinal)?;
+    let device = CudaDevice::new_with_stream(ordinal).with_context(|| format!("cannot use GPU {ordinal} ({name})"))?;
+    // SAFETY: all work of this process is on the device's one stream; nothing waits for events.
+    unsafe { device.disable_event_tracking() };
+    Ok(Selected { device: Device::Cuda(device), ordinal, name })
+}
+
+/// Freed memory stays in the process's pool: by default it would go back to the driver at each synchronisation.
+fn keep_memory(ordinal: usize) -> Result<()> {
+    let threshold = u64::MAX;
+    let value: *const u64 = &threshold;
+    // SAFETY: the attribute is a 64-bit number, read during the call.
+    unsafe {
+        let device = result::device::get(ordinal as c_int).map_err(driver_error)?;
+        let pool = result::device::get_default_mem_pool(device).map_err(driver_error)?;
+        let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        result::mem_pool::set_attribute(pool, attribute, value as *mut c_void).map_err(driver_error)
+    }
+}
+
+fn driver_error(error: result::DriverError) -> crate::error::Error {
+    let text = error.error_string().map(|text| text.to_string_lossy().into_owned());
+    crate::error::anyhow!(
+        "the NVIDIA driver answers: {} (code {}); `nvidia-smi` shows whether it works",
+        text.unwrap_or_else(|_| "no text".into()),
+        error.0 as u32
+    )
+}
+
+/// The device's stream; its context is this thread's from now on, as launches take the one that is current.
+pub fn stream(device: &CudaDevice) -> Result<Stream> {
+    let stream = device.cuda_stream();
+    stream.context().bind_to_thread().map_err(driver_error)?;
+    Ok(Stream(stream.cu_stream().cast()))
+}
+
+/// Where a contiguous tensor begins.
+pub fn address(device: &CudaDevice, tensor: &Tensor) -> Result<Address> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else {
+        bail!("expected a tensor on the GPU, it is on {:?}", tensor.device().location())
+    };
+    let (begin, size) = match &storage.slice {
+        CudaStorageSlice::U32(slice) => begin(slice, device),
+        CudaStorageSlice::F32(slice) => begin(slice, device),
+        CudaStorageSlice::BF16(slice) => begin(slice, device),
+        _ => bail!("no GPU kernel takes elements of {:?}", tensor.dtype()),
+    };
+    Ok(Address((begin as usize as *mut c_void).wrapping_byte_add(layout.start_offset() * size)))
+}
+
+fn begin<T: DeviceRepr>(slice: &CudaSlice<T>, device: &CudaDevice) -> (sys::CUdeviceptr, usize) {
+    (slice.device_ptr(&device.cuda_stream()).0, size_of::<T>())
+}
+
+thread_local! {
+    /// This thread's scratch memory and the GPU that it is on; grows to what the largest op takes.
+    static SCRATCH: RefCell<Option<(candle_core::cuda_backend::DeviceId, CudaSlice<u8>)>> = const { RefCell::new(None) };
+}
+
+pub fn scratch(device: &CudaDevice, bytes: usize) -> Result<Address> {
+    SCRATCH.with_borrow_mut(|scratch| {
+        let fits = |kept: &(_, CudaSlice<u8>)| kept.0 == device.id() && kept.1.num_bytes() >= bytes;
+        if !scratch.as_ref().is_some_and(fits) {
+            // SAFETY: ops write scratch before they read it.
+            *scratch = Some((device.id(), unsafe { device.alloc::<u8>(bytes)? }));
+        }
+        let kept = scratch.as_ref().map(|(_, slice)| slice.device_ptr(&device.cuda_stream()).0);
+        Ok(Address(kept.unwrap_or_default() as usize as *mut c_void))
+    })
+}
+
+/// c = alpha a b + beta c, accumulated in f32. Row-major matrices are cuBLAS's column-major transposes: it computes cᵀ = bᵀ aᵀ.
+pub fn multiply(
+    device: &CudaDevice,
+    [m, n, k]: [usize; 3],
+    alpha: f64,
+    a: Operand,
+    b: Operand,
+    beta: f64,
+    c: Operand,
+) -> Result<()> {
+    use blas_sys::cublasOperation_t::{CUBLAS_OP_N, CUBLAS_OP_T};
+    let operation = |operand: &Operand| if operand.transposed { CUBLAS_OP_T } else { CUBLAS_OP_N };
+    let int = |n: usize| super::length("matrix product", "dimension", n);
+    let (alpha, beta) = (alpha as f32, beta as f32);
+    stream(device)?;
+    // SAFETY: the operands describe matrices in the device's memory.
+    let done = unsafe {
+        blas::gemm_ex(
+            *device.cublas_handle().handle(),
+            operation(&b),
+            operation(&a),
+            int(n)?,
+            int(m)?,
+            int(k)?,
+            (&raw const alpha).cast(),
+            b.at.0,
+            data_type(b.dtype)?,
+            int(b.pitch)?,
+            a.at.0,
+            data_type(a.dtype)?,
+            int(a.pitch)?,
+            (&raw const beta).cast(),
+            c.at.0,
+            data_type(c.dtype)?,
+            int(c.pitch)?,
+            blas_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            blas_sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+        )
+    };
+    done.map_err(|error| crate::error::anyhow!("matrix product [{m}, {k}] × [{k}, {n}]: cuBLAS answers {:?}", error.0))
+}
+
+fn data_type(dtype: DType) -> Result<blas_sys::cudaDataType> {
+    match dtype {
+        DType::F32 => Ok(blas_sys::cudaDataType::CUDA_R_32F),
+        DType::BF16 => Ok(blas_sys::cudaDataType::CUDA_R_16BF),
+        dtype => bail!("no matrix product of {dtype:?} on a GPU"),
+    }
+}
+
+pub fn read_f64(device: &CudaDevice, address: Address) -> Result<f64> {
+    let mut value = [0f64];
+    let stream = device.cuda_stream();
+    // SAFETY: the caller has had a number written there; `value` lives until the stream is done.
+    unsafe { result::memcpy_dtoh_async(&mut value, address.0 as usize as u64, stream.cu_stream()) }
+        .map_err(driver_error)?;
+    stream.synchronize().map_err(driver_error)?;
+    Ok(value[0])
+}
+
+/// The source may change after the call: it is pageable memory, which the driver copies before it returns.
+pub fn upload_u32(device: &CudaDevice, source: &[u32], out: Address) -> Result<()> {
+    let stream = device.cuda_stream();
+    // SAFETY: the caller has compared the lengths.
+    unsafe { result::memcpy_htod_async(out.0 as usize as u64, source, stream.cu_stream()) }.map_err(driver_error)
+}

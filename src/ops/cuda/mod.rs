@@ -1,0 +1,199 @@
+//! The ops on NVIDIA GPUs. The kernels are in the .cu files here; an op's file launches them through [`Gpu`].
+//!
+//! A GPU computes in f32 or in bf16; sums (statistics, gradients of parameters) are f32 in both. All work of a rank goes to
+//! one stream, so that launches wait for each other and for nothing else: an op returns before its work is done, unless
+//! it returns a number. Matrix products are cuBLAS's.
+//!
+//! In tests the same kernels, compiled for the host, run on CPU tensors: see `emulate`.
+
+#[cfg(feature = "cuda")]
+mod device;
+#[cfg(test)]
+pub mod emulate;
+mod kernels;
+#[cfg(test)]
+mod tests;
+
+#[cfg(feature = "cuda")]
+pub use device::{Selected, select, uuid, visible};
+pub use kernels::{AdamWRule, Address, Kernels, Stream, Stretch, Stretches};
+
+use super::access::no_kernel;
+use crate::error::{Result, ensure};
+use candle_core::{DType, Device, Tensor};
+use std::ffi::{CStr, c_int};
+
+/// The GPU that holds a tensor.
+pub struct Gpu {
+    machine: Machine,
+}
+
+enum Machine {
+    #[cfg(feature = "cuda")]
+    Device(candle_core::CudaDevice),
+    #[cfg(test)]
+    Emulated(&'static Kernels),
+}
+
+/// A matrix in a product: row-major, its rows `pitch` elements apart.
+#[derive(Clone, Copy)]
+pub struct Operand {
+    pub at: Address,
+    pub dtype: DType,
+    pub pitch: usize,
+    pub transposed: bool,
+}
+
+impl Operand {
+    /// The transpose.
+    pub fn t(self) -> Operand {
+        Operand { transposed: !self.transposed, ..self }
+    }
+}
+
+/// Room in scratch memory is cut at multiples of this, in bytes.
+const ALIGNMENT: usize = 256;
+
+impl Gpu {
+    /// `None` for a tensor that the CPU works on.
+    pub fn of(tensor: &Tensor) -> Option<Gpu> {
+        match tensor.device() {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => Some(Gpu { machine: Machine::Device(device.clone()) }),
+            #[cfg(test)]
+            Device::Cpu => emulate::kernels().map(|kernels| Gpu { machine: Machine::Emulated(kernels) }),
+            _ => None,
+        }
+    }
+
+    pub fn kernels(&self) -> &'static Kernels {
+        match &self.machine {
+            #[cfg(feature = "cuda")]
+            Machine::Device(_) => &Kernels::LINKED,
+            #[cfg(test)]
+            Machine::Emulated(kernels) => kernels,
+        }
+    }
+
+    /// Launches what `f` launches on the stream that it is given.
+    ///
+    /// The calls in `f` are unsafe: they are sound because an op has checked the shapes, dtypes and contiguity of its
+    /// tensors, takes its addresses from [`Gpu::at`] and [`Gpu::scratch`], and the stream does one op after the other.
+    pub fn launch(&self, op: &str, f: impl FnOnce(&Kernels, Stream) -> Result<c_int>) -> Result<()> {
+        let kernels = self.kernels();
+        let code = f(kernels, self.stream()?)?;
+        // SAFETY: CUDA returns a string that lives as long as the program.
+        ensure!(
+            code == 0,
+            "{op}: CUDA error {code}: {}",
+            unsafe { CStr::from_ptr((kernels.error_text)(code)) }.to_string_lossy()
+        );
+        Ok(())
+    }
+
+    fn stream(&self) -> Result<Stream> {
+        match &self.machine {
+            #[cfg(feature = "cuda")]
+            Machine::Device(device) => device::stream(device),
+            #[cfg(test)]
+            Machine::Emulated(_) => Ok(Stream(std::ptr::null_mut())),
+        }
+    }
+
+    /// The element type as the kernels take it.
+    pub fn element(&self, op: &str, tensor: &Tensor) -> Result<c_int> {
+        match tensor.dtype() {
+            DType::F32 => Ok(0),
+            DType::BF16 => Ok(1),
+            dtype => Err(no_kernel(op, tensor.device(), dtype)),
+        }
+    }
+
+    /// Where a contiguous tensor begins.
+    pub fn at(&self, tensor: &Tensor) -> Result<Address> {
+        match &self.machine {
+            #[cfg(feature = "cuda")]
+            Machine::Device(device) => device::address(device, tensor),
+            #[cfg(test)]
+            Machine::Emulated(_) => emulate::address(tensor),
+        }
+    }
+
+    /// A contiguous tensor as a matrix of rows of `columns` elements.
+    pub fn matrix(&self, tensor: &Tensor, columns: usize) -> Result<Operand> {
+        Ok(Operand { at: self.at(tensor)?, dtype: tensor.dtype(), pitch: columns, transposed: false })
+    }
+
+    /// Buffers of these lengths in bytes, aligned, until the next call: each op has its scratch to itself, as the stream
+    /// does one after the other.
+    pub fn scratch<const N: usize>(&self, bytes: [usize; N]) -> Result<[Address; N]> {
+        let lengths = bytes.map(|bytes| bytes.next_multiple_of(ALIGNMENT));
+        let total = lengths.iter().sum();
+        let mut next = match &self.machine {
+            #[cfg(feature = "cuda")]
+            Machine::Device(device) => device::scratch(device, total)?,
+            #[cfg(test)]
+            Machine::Emulated(_) => emulate::scratch(total),
+        };
+        Ok(lengths.map(|length| {
+            let begin = next;
+            next = next.offset(length);
+            begin
+        }))
+    }
+
+    /// c [m, n] = alpha a b + beta c, a [m, k] and b [k, n] as they are after transposition. beta = 0 does not read c.
+    pub fn multiply(
+        &self,
+        [m, n, k]: [usize; 3],
+        alpha: f64,
+        a: Operand,
+        b: Operand,
+        beta: f64,
+        c: Operand,
+    ) -> Result<()> {
+        match &self.machine {
+            #[cfg(feature = "cuda")]
+            Machine::Device(device) => device::multiply(device, [m, n, k], alpha, a, b, beta, c),
+            #[cfg(test)]
+            Machine::Emulated(_) => {
+                emulate::multiply([m, n, k], alpha, a, b, beta, c);
+                Ok(())
+            }
+        }
+    }
+
+    /// The number at `address`, once all work before is done.
+    pub fn read_f64(&self, address: Address) -> Result<f64> {
+        match &self.machine {
+            #[cfg(feature = "cuda")]
+            Machine::Device(device) => device::read_f64(device, address),
+            // SAFETY: what the caller has had written there.
+            #[cfg(test)]
+            Machine::Emulated(_) => Ok(unsafe { *(address.0 as *const f64) }),
+        }
+    }
+
+    /// out = source.
+    pub fn upload_u32(&self, source: &[u32], out: &Tensor) -> Result<()> {
+        let out = self.at(out)?;
+        match &self.machine {
+            #[cfg(feature = "cuda")]
+            Machine::Device(device) => device::upload_u32(device, source, out),
+            #[cfg(test)]
+            Machine::Emulated(_) => {
+                // SAFETY: the caller has compared the lengths.
+                unsafe { std::ptr::copy_nonoverlapping(source.as_ptr(), out.0 as *mut u32, source.len()) };
+                Ok(())
+            }
+        }
+    }
+}
+
+/// As the kernels take the length of a row.
+pub fn length(op: &str, what: &str, n: usize) -> Result<c_int> {
+    match c_int::try_from(n) {
+        Ok(n) => Ok(n),
+        Err(_) => crate::error::bail!("{op}: {what} {n} is more than a GPU kernel takes"),
+    }
+}

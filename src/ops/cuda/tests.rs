@@ -1,0 +1,196 @@
+//! Every op on a GPU against its CPU twin, on shapes that are no multiples of any tile.
+use crate::ops::testing::{assert_gpu_equals_cpu, random, random_indices, values};
+use crate::ops::{access, attention, classifier, embedding, gelu, layer_norm, linear, norm, residual};
+use candle_core::{DType, Device, Tensor};
+
+fn inputs(shape: &[usize], seed: u64) -> Tensor {
+    random(shape, DType::F64, seed)
+}
+
+#[test]
+fn elementwise() {
+    for n in [1, 31, 4096, 5003] {
+        let [x, y] = [(inputs(&[n], 1) * 4.0).unwrap(), inputs(&[n], 2)];
+        assert_gpu_equals_cpu(&format!("fill, copy, sums of states [{n}]"), [1e-6, 1e-2], |place| {
+            let [x, y] = [place.input(&x), place.input(&y)];
+            let [filled, copied, combined] = [place.unset(&[n]), place.unset(&[n]), place.unset(&[n])];
+            access::fill(&filled, 0.75).unwrap();
+            access::copy(&x, &copied).unwrap();
+            residual::combine(2.0, &x, -0.5, &y, &combined).unwrap();
+            residual::scale_add(0.25, &y, 3.0, &x).unwrap();
+            vec![filled, copied, combined, y]
+        });
+        assert_gpu_equals_cpu(&format!("gelu [{n}]"), [1e-6, 1e-2], |place| {
+            let [x, d, out] = [place.input(&x), place.input(&y), place.unset(&[n])];
+            gelu::forward(&x, &out).unwrap();
+            gelu::backward(&x, &d).unwrap();
+            vec![out, d]
+        });
+    }
+}
+
+#[test]
+fn gelu_far_out_and_nan() {
+    let x = Tensor::new(&[-1e30, -50.0, 0.0, 50.0, 1e9, f64::NAN], &Device::Cpu).unwrap();
+    assert_gpu_equals_cpu("gelu far out", [1e-6, 1e-2], |place| {
+        let [x, d, out] = [place.input(&x), place.input(&(&x * 0.0).unwrap()), place.unset(&[6])];
+        access::fill(&d, 1.0).unwrap();
+        gelu::forward(&x, &out).unwrap();
+        gelu::backward(&x.narrow(0, 2, 4).unwrap(), &d.narrow(0, 2, 4).unwrap()).unwrap();
+        vec![out, d]
+    });
+}
+
+#[test]
+fn layer_norm_of_rows() {
+    for [n, d] in [[1, 2], [5, 3], [7, 65], [300, 40], [3, 768], [130, 264]] {
+        let [x, ln, dy] = [(inputs(&[n, d], 1) + 3.0).unwrap(), inputs(&[2, d], 2), inputs(&[n, d], 3)];
+        let old = inputs(&[n, d], 4);
+        assert_gpu_equals_cpu(&format!("layer_norm [{n}, {d}]"), [1e-5, 1e-2], |place| {
+            let [x, ln, dy, dx] = [&x, &ln, &dy, &old].map(|x| place.input(x));
+            let [out, again, stats] = [place.unset(&[n, d]), place.unset(&[n, d]), place.unset_sums(&[n, 2])];
+            let dln = place.sums_of(2.0, &[2, d]);
+            layer_norm::forward(&x, &ln, &out, &stats).unwrap();
+            layer_norm::normalize(&x, &ln, &stats, &again).unwrap();
+            layer_norm::backward(&dy, &x, &ln, &stats, &dx, &dln).unwrap();
+            vec![out, stats, again, dx, dln]
+        });
+    }
+}
+
+#[test]
+fn linear_maps() {
+    for [n, i, o] in [[1, 1, 1], [3, 5, 2], [65, 33, 17], [130, 24, 72], [300, 16, 257]] {
+        let [x, w, b, dy] = [inputs(&[n, i], 1), inputs(&[o, i], 2), inputs(&[o], 3), inputs(&[n, o], 4)];
+        assert_gpu_equals_cpu(&format!("linear [{n}, {i}] → {o}"), [1e-5, 1e-2], |place| {
+            let [x, w, b, dy, old] = [&x, &w, &b, &dy, &dy].map(|x| place.input(x));
+            let [out, dx] = [place.unset(&[n, o]), place.unset(&[n, i])];
+            let [dw, db] = [place.sums_of(2.0, &[o, i]), place.sums_of(-1.0, &[o])];
+            linear::forward(&x, &w, Some(&b), 1.0, 0.0, &out).unwrap();
+            linear::forward(&x, &w, Some(&b), 0.5, 2.0, &old).unwrap();
+            linear::backward_input(&dy, &w, 0.25, 0.0, &dx).unwrap();
+            linear::backward_weight(&dy, &x, 0.5, &dw, Some(&db)).unwrap();
+            linear::backward_weight(&dy, &x, -1.0, &dw, None).unwrap();
+            vec![out, old, dx, dw, db]
+        });
+    }
+}
+
+/// Sequences, context, vocabulary, width.
+#[test]
+fn embeddings() {
+    for [b, t, v, d] in [[1, 1, 1, 1], [2, 3, 5, 7], [3, 40, 257, 64], [1, 300, 17, 72], [5, 9, 70_000, 8]] {
+        let [wte, wpe, dx] = [inputs(&[v, d], 1), inputs(&[t, d], 2), inputs(&[b * t, d], 3)];
+        let tokens = random_indices(b * t, v, 4);
+        assert_gpu_equals_cpu(&format!("embedding [{b} · {t}, {d}] of {v}"), [1e-5, 1e-2], |place| {
+            let [wte, wpe, dx, tokens] =
+                [place.input(&wte), place.input(&wpe), place.input(&dx), place.indices(&tokens)];
+            let [out, dwte, dwpe] =
+                [place.unset(&[b * t, d]), place.sums_of(2.0, &[v, d]), place.sums_of(1.0, &[t, d])];
+            embedding::forward(&tokens, &wte, &wpe, &out).unwrap();
+            embedding::backward(&tokens, &dx, &dwte, &dwpe).unwrap();
+            vec![out, dwte, dwpe]
+        });
+    }
+}
+
+/// Sequences, context, heads, head_dim.
+#[test]
+fn causal_attention() {
+    for [b, t, h, k] in [
+        [1, 1, 1, 1],
+        [2, 1, 3, 4],
+        [1, 7, 1, 5],
+        [2, 65, 2, 8],
+        [1, 130, 1, 33],
+        [1, 64, 1, 64],
+        [1, 100, 2, 64],
+        [1, 70, 1, 128],
+        [1, 33, 1, 72],
+    ] {
+        let [qkv, dout] = [(inputs(&[b * t, 3 * h * k], 1) * 2.0).unwrap(), inputs(&[b * t, h * k], 2)];
+        assert_gpu_equals_cpu(&format!("attention [{b}, {t}, {h} · {k}]"), [1e-5, 1.5e-2], |place| {
+            let [qkv, dout] = [place.input(&qkv), place.input(&dout)];
+            let [out, dqkv] = [place.unset(dout.dims()), place.unset(qkv.dims())];
+            let lse = place.unset_sums(&[b, h, t]);
+            attention::forward(&qkv, t, h, &out, &lse).unwrap();
+            attention::backward(&qkv, &out, &lse, &dout, t, h, &dqkv).unwrap();
+            vec![out, lse, dqkv]
+        });
+    }
+}
+
+#[test]
+fn a_head_that_no_tile_holds_is_refused() {
+    let refused = super::emulate::run(|| {
+        let qkv = inputs(&[2, 3 * 136], 1).to_dtype(DType::F32).unwrap();
+        let [out, lse] = [[2, 136].as_slice(), &[1, 1, 2]].map(|s| Tensor::zeros(s, DType::F32, &Device::Cpu).unwrap());
+        attention::forward(&qkv, 2, 1, &out, &lse).unwrap_err().to_string()
+    });
+    assert!(refused.is_none_or(|error| error.contains("at most 128 elements, these have 136")));
+}
+
+/// Rows, width, vocabulary, rows of a chunk.
+#[test]
+fn classifier_in_chunks() {
+    for [n, d, v, chunk] in [[1, 1, 1, 1], [5, 3, 7, 2], [6, 9, 257, 3], [20, 16, 1304, 64], [9, 8, 5003, 4]] {
+        let [x, w] = [inputs(&[n, d], 1), (inputs(&[v, d], 2) * 2.0).unwrap()];
+        let targets = random_indices(n, v, 3);
+        assert_gpu_equals_cpu(&format!("classifier [{n}, {d}] → {v}"), [1e-5, 1e-2], |place| {
+            let [x, w, targets] = [place.input(&x), place.input(&w), place.indices(&targets)];
+            let [logits, dx, dw] = [place.unset(&[chunk, v]), place.unset(&[n, d]), place.sums_of(2.0, &[v, d])];
+            let loss = classifier::loss(&x, &w, &targets, &logits).unwrap();
+            let again = classifier::loss_and_gradient(&x, &w, &targets, 0.5, &logits, &dx, &dw).unwrap();
+            assert_eq!(loss, again);
+            vec![dx, dw, Tensor::new(loss, &Device::Cpu).unwrap()]
+        });
+    }
+}
+
+#[test]
+fn sums_of_squares() {
+    for n in [0, 1, 33, 70_003, 65_536] {
+        let x = inputs(&[n], 1);
+        assert_gpu_equals_cpu(&format!("sum of squares [{n}]"), [1e-7, 1e-7], |place| {
+            vec![Tensor::new(norm::sum_of_squares(&place.input(&x)).unwrap(), &Device::Cpu).unwrap()]
+        });
+    }
+}
+
+#[test]
+fn casts_are_the_cpus() {
+    for n in [1, 64, 1003] {
+        let x = (inputs(&[n], 1) * 1e3).unwrap().to_dtype(DType::F32).unwrap();
+        let cast = || {
+            let rounded = Tensor::zeros(n, DType::BF16, &Device::Cpu).unwrap();
+            let back = Tensor::zeros(n, DType::F32, &Device::Cpu).unwrap();
+            access::cast(&x, &rounded).unwrap();
+            access::cast(&rounded, &back).unwrap();
+            assert_eq!(values(&rounded), values(&back));
+            values(&back)
+        };
+        let expected = cast();
+        assert!(expected.iter().zip(values(&x)).all(|(b, x)| (b - x).abs() <= x.abs() / 256.0));
+        assert!(super::emulate::run(cast).is_none_or(|emulated| emulated == expected));
+    }
+}
+
+#[test]
+fn indices_out_of_range_give_nan_and_leave_the_rest_alone() {
+    let outputs = super::emulate::run(|| {
+        let place = |shape: &[usize]| Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap();
+        let (tokens, out) = (Tensor::new(&[1u32, 9, 0], &Device::Cpu).unwrap(), place(&[3, 2]));
+        embedding::forward(&tokens, &place(&[2, 2]), &place(&[3, 2]), &out).unwrap();
+        let [dwte, dwpe] = [place(&[2, 2]), place(&[3, 2])];
+        embedding::backward(&tokens, &place(&[3, 2]), &dwte, &dwpe).unwrap();
+        let loss = classifier::loss(
+            &out.narrow(0, 0, 1).unwrap(),
+            &place(&[2, 2]),
+            &Tensor::new(&[7u32], &Device::Cpu).unwrap(),
+            &place(&[1, 2]),
+        );
+        [values(&out), values(&dwte), vec![loss.unwrap()]].map(|x| x.iter().map(|x| x.to_string()).collect::<Vec<_>>())
+    });
+    let expected = [vec!["2", "2", "NaN", "NaN", "2", "2"], vec!["2"; 4], vec!["NaN"]];
+    assert!(outputs.is_none_or(|outputs| outputs == expected));
+}
