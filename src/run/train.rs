@@ -273,7 +273,8 @@ impl Trainer {
         if let Some(root) = &self.root {
             root.recorder.advance(step, report.main.loss);
         }
-        if val_loss.is_none() && !self.is_logged(before, step) {
+        // Decided by steps alone: only the fine level's group evaluates while the sides are apart.
+        if !evaluated && !self.is_logged(before, step) {
             return Ok(());
         }
         let waited = comm.waited().saturating_sub(self.clock.line_waited);
