@@ -331,6 +331,9 @@ fn placements_train_as_one_rank_does_and_resume_in_the_middle() {
             expect_exit(bench.resume(&cut, 6 - ranks, settings), 0);
             assert_close(&losses(&cut), &one, 1e-3);
         }
+        // Evaluations, which one group may do alone, on steps that are not logged otherwise.
+        let settings = [settings, &["log.every_steps=100", "log.eval_every=1", "parallel.timeout=20"]].concat();
+        bench.finished(&format!("{name}-evaluated"), 2, &settings);
     }
 }
 
