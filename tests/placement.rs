@@ -139,7 +139,9 @@ fn results(run: &Path) -> Vec<Value> {
     let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
     let mut lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     for line in &mut lines {
-        line.as_object_mut().unwrap().retain(|key, _| !["elapsed_s", "tokens_per_s", "mfu", "ranks"].contains(&key.as_str()));
+        line.as_object_mut()
+            .unwrap()
+            .retain(|key, _| !["elapsed_s", "tokens_per_s", "mfu", "ranks"].contains(&key.as_str()));
     }
     lines
 }
