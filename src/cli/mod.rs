@@ -65,6 +65,9 @@ enum Command {
 pub fn main() -> u8 {
     let Cli { command } = Cli::parse();
     if !command.is_collective() {
+        if !matches!(command, Command::Study(_)) {
+            end_with_the_reader();
+        }
         Console::install(0);
         return finish(run(command, &mut World::solo()));
     }
@@ -75,6 +78,13 @@ pub fn main() -> u8 {
         }
         Err(error) => finish(Err(error)),
     }
+}
+
+/// `vcycle ... | head` ends without a word, as other programs do: Rust ignores SIGPIPE, and printing would panic. Not for
+/// commands that go on for hours: those must not end because nobody reads.
+fn end_with_the_reader() {
+    // SAFETY: sets a disposition before any thread is started.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
 }
 
 impl Command {

@@ -90,5 +90,6 @@ awk -F, -v rows="$rows" 'NR == 1 { for (i = 1; i <= NF; i++) column[$i] = i; nex
     $column["ranks"] == 2 && ($column["exposed_mean"] <= 0 || $column["exposed_mean"] >= 1) { exit 1 }
     END { if (NR != rows + 1) exit 1 }' "$dir/scaling.csv" || fail "the figures of the report: $(cat "$dir/scaling.csv")"
 grep -q "hosts.$(hostname)" "$dir/report.html" || fail "the report has no provenance"
-"$vcycle" scaling submit "$study" | grep -q "are finished" || fail "finished runs are submitted again"
+again=$("$vcycle" scaling submit "$study")
+[[ $again == *"are finished"* ]] || fail "finished runs are submitted again: $again"
 echo "passed: a scaling study on 1 to $ranks ranks, from init to report"
