@@ -49,9 +49,12 @@ struct Seconds {
     metrics: Vec<f64>,
 }
 
+/// The seed paper's net on two levels.
+const CONFIG: &[&str] = &["model.vocab=50257", "levels.count=2", "cycle.kind=cascade"];
+
 pub fn run(args: &Args) -> Result<Outcome> {
     let overrides = args.common.overrides.iter().map(String::as_str);
-    let (config, folder) = configure(["model.vocab=50257", "levels.count=2"].into_iter().chain(overrides))?;
+    let (config, folder) = configure(CONFIG.iter().copied().chain(overrides))?;
     run::use_threads(config.parallel.threads, 1)?;
     let mut log = Log::open(&folder.path().join("metrics.jsonl"), 0)?;
     let mut subject = Subject::new((config, folder))?;
@@ -132,5 +135,23 @@ fn metrics(config: &Config) -> Metrics {
         tokens_per_s: 1_234.567_89,
         mfu: Some(0.789),
         ranks: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_net_is_measured() {
+        let small =
+            ["model.vocab=64", "model.width=16", "model.heads=2", "model.depth=2", "data.context=8", "data.batch=2"];
+        let (config, folder) = configure(CONFIG.iter().copied().chain(small).chain(["log.eval_sequences=2"])).unwrap();
+        let mut log = Log::open(&folder.path().join("metrics.jsonl"), 0).unwrap();
+        let mut subject = Subject::new((config, folder)).unwrap();
+        let mut seconds = Seconds::default();
+        visit(&mut subject, &mut log, &mut seconds).unwrap();
+        let rows = rows(&subject.config, seconds);
+        assert!(!rows.is_empty() && rows.iter().all(|row| row.steps.is_finite() && row.steps >= 0.0));
     }
 }
