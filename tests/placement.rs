@@ -1,5 +1,8 @@
 //! The laws of `parallel.placement`, with ranks as threads of this process.
 
+mod common;
+
+use common::{checkpoint, cut_at, results, saved_steps};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use vcycle::checkpoint::{Check, Checkpoint};
@@ -85,7 +88,8 @@ impl Bench {
         Bench { folder }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    /// `name` in the folder; a whole path as it is.
+    fn path(&self, name: impl AsRef<Path>) -> PathBuf {
         self.folder.path().join(name)
     }
 
@@ -96,54 +100,13 @@ impl Bench {
     }
 
     /// Trains or resumes the run `name`.
-    fn train(&self, name: &str, ranks: usize, settings: &[&[&str]]) -> PathBuf {
+    fn train(&self, name: impl AsRef<Path>, ranks: usize, settings: &[&[&str]]) -> PathBuf {
         let (config, run_dir) = (self.config(settings), self.path(name));
         let options = Options { run_dir: run_dir.clone(), resume: true, threads: 1 };
         let results = thread::run(ranks, |comm| run::train(config.clone(), &options, comm, &Console::default()));
         results.into_iter().for_each(|result| assert_eq!(result.unwrap(), Outcome::Done));
         run_dir
     }
-
-    /// A copy of `run` as it was when `step` had just been saved.
-    fn cut(&self, run: &Path, step: u64) -> String {
-        let name = format!("{}-cut", run.file_name().unwrap().to_str().unwrap());
-        let cut = self.path(&name);
-        let _ = std::fs::remove_dir_all(&cut);
-        std::fs::create_dir_all(checkpoint(&cut, step)).unwrap();
-        for file in ["config.toml", "metrics.jsonl", "provenance.json"] {
-            std::fs::copy(run.join(file), cut.join(file)).unwrap();
-        }
-        for entry in std::fs::read_dir(checkpoint(run, step)).unwrap() {
-            let path = entry.unwrap().path();
-            std::fs::copy(&path, checkpoint(&cut, step).join(path.file_name().unwrap())).unwrap();
-        }
-        name
-    }
-}
-
-fn checkpoint(run: &Path, step: u64) -> PathBuf {
-    run.join(format!("checkpoints/step-{step:08}"))
-}
-
-/// Steps of all checkpoints.
-fn saved(run: &Path) -> Vec<u64> {
-    let folders = std::fs::read_dir(run.join("checkpoints")).unwrap();
-    let step = |name: &str| name.strip_prefix("step-").map(|step| step.parse().unwrap());
-    let mut steps: Vec<u64> = folders.filter_map(|f| step(f.unwrap().file_name().to_str().unwrap())).collect();
-    steps.sort_unstable();
-    steps
-}
-
-/// Lines of metrics, without timings.
-fn results(run: &Path) -> Vec<Value> {
-    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
-    let mut lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    for line in &mut lines {
-        line.as_object_mut()
-            .unwrap()
-            .retain(|key, _| !["elapsed_s", "tokens_per_s", "mfu", "ranks"].contains(&key.as_str()));
-    }
-    lines
 }
 
 /// Checksums of the tensors: the fine net, all else.
@@ -219,7 +182,7 @@ fn a_step_of_all_cosets_is_one_of_their_gradients_side_by_side() -> Result<()> {
         values(theta).iter().zip(gradient).map(|(theta, g)| theta - lr * g).collect()
     };
     for ranks in 1..=4 {
-        let run = bench.train(&format!("{ranks}"), ranks, &[settings]);
+        let run = bench.train(format!("{ranks}"), ranks, &[settings]);
         let mut trained = Learner::new(&config, 1, 1)?;
         trained.load_model(&Checkpoint::open(&run, Check::Checksums)?)?;
         let (before, after) = (&by_hand.hierarchy, &trained.hierarchy);
@@ -258,7 +221,7 @@ fn where_cosets_and_sides_are_trained_does_not_matter() {
     for (name, settings) in every {
         let alone = bench.train(name, 1, &[settings]);
         for ranks in [2, 3, 4, 6] {
-            let several = bench.train(&format!("{name}-{ranks}"), ranks, &[settings]);
+            let several = bench.train(format!("{name}-{ranks}"), ranks, &[settings]);
             assert_close(&several, &alone);
         }
     }
@@ -290,15 +253,15 @@ fn placements_resume_bit_for_bit_after_every_meeting() {
     {
         let settings = [settings, &["checkpoint.every_steps=1"]].concat();
         let whole = bench.train(name, ranks, &[&settings]);
-        let saved = saved(&whole);
+        let saved = saved_steps(&whole);
         assert!(saved.len() > 4, "{name}: {saved:?}");
         for &step in &saved[..saved.len() - 1] {
-            let cut = bench.train(&bench.cut(&whole, step), ranks, &[&settings]);
+            let cut = bench.train(cut_at(&whole, step), ranks, &[&settings]);
             assert_eq!(results(&cut), results(&whole), "{name} resumed after step {step}");
             assert_eq!(checksums(&cut, 16), checksums(&whole, 16), "{name} resumed after step {step}");
         }
         for &step in &saved[1..3] {
-            let other = bench.train(&bench.cut(&whole, step), 5 - ranks, &[&settings]);
+            let other = bench.train(cut_at(&whole, step), 5 - ranks, &[&settings]);
             assert_close(&other, &whole);
         }
     }
@@ -319,9 +282,9 @@ fn without_a_correction_the_fine_level_trains_as_alone() {
     // In the stage, too, a line is a step: each round has one of the fine level.
     assert_eq!(fine(&beside), fine(&alone));
     for ranks in [2, 3] {
-        let slow = bench.train(&format!("slow-{ranks}"), ranks, &[BESIDE, &nothing]);
+        let slow = bench.train(format!("slow-{ranks}"), ranks, &[BESIDE, &nothing]);
         let faster = ["schedule.level_multipliers=[1.0, 3.0]"];
-        let fast = bench.train(&format!("fast-{ranks}"), ranks, &[BESIDE, &nothing, &faster]);
+        let fast = bench.train(format!("fast-{ranks}"), ranks, &[BESIDE, &nothing, &faster]);
         assert!(fine_net(&bench, &slow) == fine_net(&bench, &fast));
         assert_ne!(checksums(&slow, 16)[1], checksums(&fast, 16)[1], "the coarse level was trained differently");
     }

@@ -1,5 +1,8 @@
 //! The main job through the real binary: ranks under mpirun, checkpoints, signals, resume.
 
+mod common;
+
+use common::{checkpoint, cut_at, metrics, results, saved_steps};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -182,20 +185,6 @@ impl Bench {
         run_dir
     }
 
-    /// A copy of `run` as it was when step `step` had just been saved.
-    fn cut(&self, run: &Path, step: u64) -> PathBuf {
-        let cut = self.path(&format!("{}-cut", run.file_name().unwrap().to_str().unwrap()));
-        let _ = std::fs::remove_dir_all(&cut);
-        std::fs::create_dir_all(cut.join("checkpoints")).unwrap();
-        for file in ["config.toml", "metrics.jsonl", "provenance.json", "log.txt"] {
-            std::fs::copy(run.join(file), cut.join(file)).unwrap();
-        }
-        for saved in saved_steps(run).into_iter().filter(|&saved| saved <= step).rev().take(2) {
-            copy_folder(&checkpoint(run, saved), &checkpoint(&cut, saved));
-        }
-        cut
-    }
-
     fn resume(&self, run_dir: &Path, ranks: usize, settings: &[&str]) -> Output {
         self.train(run_dir, ranks, settings, &["--resume"]).output().unwrap()
     }
@@ -211,28 +200,6 @@ fn vcycle(ranks: usize) -> Command {
     mpirun
 }
 
-fn checkpoint(run: &Path, step: u64) -> PathBuf {
-    run.join(format!("checkpoints/step-{step:08}"))
-}
-
-/// Steps of all checkpoints.
-fn saved_steps(run: &Path) -> Vec<u64> {
-    let folders = std::fs::read_dir(run.join("checkpoints")).unwrap();
-    let step = |name: &str| name.strip_prefix("step-").map(|step| step.parse().unwrap());
-    let mut steps: Vec<u64> =
-        folders.filter_map(|folder| step(folder.unwrap().file_name().to_str().unwrap())).collect();
-    steps.sort_unstable();
-    steps
-}
-
-fn copy_folder(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
-    }
-}
-
 fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
@@ -242,21 +209,6 @@ fn expect_exit(output: Output, code: i32) -> String {
     let text = stderr(&output);
     assert_eq!(output.status.code(), Some(code), "{text}");
     text
-}
-
-fn metrics(run: &Path) -> Vec<Value> {
-    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-}
-
-/// What a run computed, without its timings.
-fn results(run: &Path) -> Vec<Value> {
-    let timings = ["elapsed_s", "tokens_per_s", "mfu", "ranks"];
-    let mut lines = metrics(run);
-    for line in &mut lines {
-        line.as_object_mut().unwrap().retain(|key, _| !timings.contains(&key.as_str()));
-    }
-    lines
 }
 
 /// Checksums of the tensors in a checkpoint.
@@ -288,7 +240,7 @@ fn every_cycle_resumes_bit_for_bit_after_every_step() {
         let saved = saved_steps(&whole);
         assert!(saved.len() >= 4 && saved.ends_with(&[12]), "{name}: {saved:?}");
         for &step in &saved[..saved.len() - 1] {
-            let cut = bench.cut(&whole, step);
+            let cut = cut_at(&whole, step);
             expect_exit(bench.resume(&cut, 1, settings), 0);
             assert_eq!(results(&cut), results(&whole), "{name} resumed after step {step}");
             assert_eq!(checksums(&cut, 12), checksums(&whole, 12), "{name} resumed after step {step}");
@@ -301,12 +253,12 @@ fn two_ranks_resume_bit_for_bit_and_other_world_sizes_go_on() {
     let bench = Bench::new();
     let settings = CYCLES[1].1;
     let whole = bench.finished("two", 2, settings);
-    let cut = bench.cut(&whole, 7);
+    let cut = cut_at(&whole, 7);
     expect_exit(bench.resume(&cut, 2, settings), 0);
     assert_eq!(results(&cut), results(&whole));
     assert_eq!(checksums(&cut, 12), checksums(&whole, 12));
     for ranks in [1, 3] {
-        let cut = bench.cut(&whole, 7);
+        let cut = cut_at(&whole, 7);
         expect_exit(bench.resume(&cut, ranks, settings), 0);
         assert_close(&losses(&cut), &losses(&whole), 1e-5);
     }
@@ -323,11 +275,11 @@ fn placements_train_as_one_rank_does_and_resume_in_the_middle() {
             assert_close(&losses(&whole), &one, 1e-3);
             let saved = saved_steps(&whole);
             let middle = saved[saved.len() / 3];
-            let cut = bench.cut(&whole, middle);
+            let cut = cut_at(&whole, middle);
             expect_exit(bench.resume(&cut, ranks, settings), 0);
             assert_eq!(results(&cut), results(&whole), "{name} on {ranks} ranks, resumed after step {middle}");
             assert_eq!(checksums(&cut, 12), checksums(&whole, 12), "{name} on {ranks} ranks, after step {middle}");
-            let cut = bench.cut(&whole, middle);
+            let cut = cut_at(&whole, middle);
             expect_exit(bench.resume(&cut, 6 - ranks, settings), 0);
             assert_close(&losses(&cut), &one, 1e-3);
         }
@@ -544,7 +496,7 @@ fn a_killed_run_goes_on_from_its_newest_complete_checkpoint() {
 fn a_damaged_checkpoint_is_named_and_the_one_before_is_used() {
     let bench = Bench::new();
     let whole = bench.finished("whole", 1, &[]);
-    let cut = bench.cut(&whole, 8);
+    let cut = cut_at(&whole, 8);
     let file = checkpoint(&cut, 8).join("state.h5");
     let mut bytes = std::fs::read(&file).unwrap();
     let middle = bytes.len() / 2;

@@ -35,7 +35,7 @@ pub fn colors(index: usize) -> [RGBColor; 2] {
 const WIDTH: u32 = 820;
 pub const HEIGHT: u32 = 430;
 const PANEL_HEIGHT: u32 = 240;
-pub const FONT: (&str, u32) = ("sans-serif", 15);
+const FONT: (&str, u32) = ("sans-serif", 15);
 /// More switches than this are not marked one by one: they would cover the curve.
 const MARKED_SWITCHES: usize = 24;
 /// A validation plot's top over the loss to meet: the coarse levels show, and one per cent of the loss can be seen.
@@ -44,7 +44,7 @@ const ZOOM: f64 = 1.6;
 const TRAIN_ZOOM: f64 = 1.8;
 
 type Point = (f64, f64);
-type Chart<'a, 'b> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
+pub type Chart<'a, 'b> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
 pub type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
 /// One run, or the runs of several seeds.
@@ -238,13 +238,25 @@ fn bands(chart: &mut Chart, run: &Run, step_max: f64, losses: Range<f64>, color:
     Ok(())
 }
 
-/// Axes and grid of a plot.
+/// Axes and grid of a plot, with plotters' own number of ticks.
 fn chart<'a, 'b>(
     area: &'a Area<'b>,
     x: Range<f64>,
     y: Range<f64>,
     x_label: &str,
     y_label: &str,
+) -> Result<Chart<'a, 'b>> {
+    chart_with(area, x, y, x_label, y_label, (11, &|value| short(*value)))
+}
+
+/// As [`chart`], with at most so many ticks on the x axis, named by the function.
+pub fn chart_with<'a, 'b>(
+    area: &'a Area<'b>,
+    x: Range<f64>,
+    y: Range<f64>,
+    x_label: &str,
+    y_label: &str,
+    (x_ticks, x_name): (usize, &dyn Fn(&f64) -> String),
 ) -> Result<Chart<'a, 'b>> {
     let mut chart = ChartBuilder::on(area)
         .margin(12)
@@ -263,8 +275,9 @@ fn chart<'a, 'b>(
         .axis_desc_style(text)
         .x_desc(x_label)
         .y_desc(y_label)
+        .x_labels(x_ticks)
         .y_labels(7)
-        .x_label_formatter(&|value| short(*value))
+        .x_label_formatter(&x_name)
         .y_label_formatter(&|value| short(*value))
         .draw()?;
     Ok(chart)
@@ -294,9 +307,14 @@ fn legend<'a, 'b: 'a>(chart: &mut Chart<'a, 'b>, series: &[Series], target: &Tar
             .label("switch of level")
             .legend(move |(x, y)| TriangleMarker::new((x + 9, y), 6, ink.filled()));
     }
+    labels(chart, SeriesLabelPosition::UpperRight)
+}
+
+/// The box with the names of the series.
+pub fn labels<'a, 'b: 'a>(chart: &mut Chart<'a, 'b>, position: SeriesLabelPosition) -> Result<()> {
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
+        .position(position)
         .margin(8)
         .legend_area_size(26)
         .label_font(FONT.into_font().color(&INK[0]))
@@ -358,7 +376,7 @@ fn zoomed(curves: &[Vec<Point>], top: f64) -> Range<f64> {
 }
 
 /// A tick label without the digits that floating-point steps leave behind.
-pub fn short(value: f64) -> String {
+fn short(value: f64) -> String {
     let text = format!("{value:.4}");
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }

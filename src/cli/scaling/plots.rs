@@ -1,7 +1,7 @@
 //! Curves against the number of ranks, on an axis of powers of two.
 
 use super::report::{Report, Row};
-use crate::cli::report::plots::{Area, FAINT, FONT, GROUND, HEIGHT, INK, Plot, colors, draw, short};
+use crate::cli::report::plots::{Area, HEIGHT, Plot, chart_with, colors, draw, labels};
 use crate::cli::report::statistics::Statistic;
 use crate::error::Result;
 use plotters::element::DashedPathElement;
@@ -89,31 +89,11 @@ fn panel(area: &Area, curves: &[Curve], axis: &str, prefix: Option<&str>) -> Res
     let (low, high) = (ranks().min().unwrap_or(1), ranks().max().unwrap_or(1));
     let x = log2(low) - 0.1..log2(high).max(log2(low) + 1.0) + 0.1;
     let y = 0.0..(1.08 * values().fold(0.0, f64::max)).max(1e-3);
-    let text = FONT.into_font().color(&INK[0]);
-    let mut chart = ChartBuilder::on(area)
-        .margin(12)
-        .margin_right(22)
-        .x_label_area_size(48)
-        .y_label_area_size(66)
-        .build_cartesian_2d(x, y)?;
     // Only whole powers of two are named.
     let power =
         |x: &f64| if (x - x.round()).abs() < 1e-6 { format!("{}", 2f64.powf(x.round())) } else { String::new() };
-    chart
-        .configure_mesh()
-        .disable_x_mesh()
-        .light_line_style(TRANSPARENT)
-        .bold_line_style(FAINT[0])
-        .axis_style(INK[0])
-        .label_style(text.clone())
-        .axis_desc_style(text.clone())
-        .x_desc(format!("{}ranks", prefix.unwrap_or_default()))
-        .y_desc(axis)
-        .x_labels(14)
-        .y_labels(7)
-        .x_label_formatter(&power)
-        .y_label_formatter(&|value| short(*value))
-        .draw()?;
+    let x_label = format!("{}ranks", prefix.unwrap_or_default());
+    let mut chart = chart_with(area, x, y, &x_label, axis, (14, &power))?;
     for (index, curve) in curves.iter().enumerate() {
         let style = colors(index)[0].stroke_width(2);
         let measured: Vec<(f64, f64)> = curve.measured.iter().map(|(ranks, s)| (log2(*ranks), s.mean)).collect();
@@ -134,16 +114,7 @@ fn panel(area: &Area, curves: &[Curve], axis: &str, prefix: Option<&str>) -> Res
             line.label(label).legend(move |(x, y)| DashedPathElement::new([(x, y), (x + 18, y)], 6, 4, style));
         }
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::LowerLeft)
-        .margin(8)
-        .legend_area_size(26)
-        .label_font(text)
-        .background_style(GROUND[0].mix(0.85))
-        .border_style(FAINT[0])
-        .draw()?;
-    Ok(())
+    labels(&mut chart, SeriesLabelPosition::LowerLeft)
 }
 
 #[cfg(test)]
