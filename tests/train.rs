@@ -37,7 +37,16 @@ keep = 0
 /// Cycles that together use every operator, update form, state rule, coset policy and optimizer.
 const CYCLES: &[(&str, &[&str])] = &[
     ("flat", &["model.integrator=heun", "optimizer.kind=sgd"]),
-    ("cascade", &["levels.count=3", "levels.batch=[8,5,4]", "cycle.kind=cascade", "model.parametrization=completep"]),
+    (
+        "cascade",
+        &[
+            "levels.count=3",
+            "levels.batch=[8,5,4]",
+            "levels.context=[16,8,4]",
+            "cycle.kind=cascade",
+            "model.parametrization=completep",
+        ],
+    ),
     (
         "v",
         &[

@@ -8,7 +8,7 @@ use crate::config::{Config, CycleKind};
 use crate::cycle::{self, Coset, Phase, Places};
 use crate::error::{Context, Outcome, Result, ensure};
 use crate::levels::{Memory, memory};
-use crate::model::{Flops, Layout, Net, Spec, step_flops};
+use crate::model::{Flops, Layout, Net, Spec};
 use crate::{optim, run};
 use serde::Serialize;
 use std::io::Write;
@@ -105,6 +105,8 @@ struct LevelRow {
     h: f64,
     /// Sequences in a global batch.
     batch: usize,
+    /// Tokens in a sequence.
+    context: usize,
     /// Parameters of a net on this level, ends included.
     parameters: u64,
     /// One optimizer step.
@@ -149,7 +151,7 @@ impl Plan {
         let phases = cycle::plan_flops(config, &spec, &ops);
         let smallest_group = Places::new(config, &spec, ranks)?.smallest_group(&ops);
         let work = cycle::total(&phases);
-        let flat = step_flops(&spec, config.rows(0), tokens_per_step) * config.run.steps;
+        let flat = cycle::level_flops(config, &spec, 0) * config.run.steps;
         let saved = |work: u128, flat: u128| 1.0 - work as f64 / flat as f64;
         Ok(Plan {
             cycle: config.cycle.kind.name(),
@@ -208,12 +210,13 @@ impl Plan {
 
     fn levels_table(&self) -> String {
         let row = |level: &LevelRow| {
-            let LevelRow { level, rows, h, batch, parameters, step } = level;
+            let LevelRow { level, rows, h, batch, context, parameters, step } = level;
             let (total, blocks) = (tera(step.flops_total), tera(step.flops_blocks));
-            let [level, rows, batch] = [level, rows, batch].map(usize::to_string);
-            [level, rows, h.to_string(), count(*parameters), batch, total, blocks]
+            let [level, rows, batch, context] = [level, rows, batch, context].map(usize::to_string);
+            [level, rows, h.to_string(), count(*parameters), batch, context, total, blocks]
         };
-        let head = ["level", "blocks", "h", "parameters", "batch", "TFLOP a step", "without head"].map(str::to_owned);
+        let head = ["level", "blocks", "h", "parameters", "batch", "context", "TFLOP a step", "without head"]
+            .map(str::to_owned);
         table(&std::iter::once(head).chain(self.levels.iter().map(row)).collect::<Vec<_>>())
     }
 
@@ -279,8 +282,16 @@ impl LevelRow {
     fn new(config: &Config, spec: &Spec, level: usize) -> LevelRow {
         let rows = config.rows(level);
         let parameters = (rows * Layout::block(spec).len() + Layout::ends(spec).len()) as u64;
-        let step = step_flops(spec, rows, cycle::tokens_per_step(config, level)).into();
-        LevelRow { level, rows, h: config.step_size(level), batch: config.batch(level), parameters, step }
+        let step = cycle::level_flops(config, spec, level).into();
+        LevelRow {
+            level,
+            rows,
+            h: config.step_size(level),
+            batch: config.batch(level),
+            context: config.context(level),
+            parameters,
+            step,
+        }
     }
 }
 

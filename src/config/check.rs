@@ -14,6 +14,7 @@ pub fn resolve(config: &mut Config) {
         levels.coset = CosetPolicy::All;
     }
     levels.batch.get_or_insert_with(|| vec![data.batch; levels.count]);
+    levels.context.get_or_insert_with(|| vec![data.context; levels.count]);
     schedule.level_multipliers.get_or_insert_with(|| vec![1.0; levels.count]);
     if cycle.fractions.is_none() && levels.count > 0 {
         cycle.fractions = default_fractions(cycle.kind, levels.count);
@@ -104,7 +105,7 @@ fn check_levels(config: &Config) -> Result<()> {
     );
     within("levels.alpha", levels.alpha, 0.0, 2.0)?;
     at_least_one("levels.coherence_batches", levels.coherence_batches)?;
-    check_batches(config)?;
+    check_sequences(config)?;
     within("levels.pull", levels.pull, 0.0, 1.0)?;
     ensure!(
         levels.pull == 0.0
@@ -142,20 +143,30 @@ fn check_levels(config: &Config) -> Result<()> {
     Ok(())
 }
 
-fn check_batches(config: &Config) -> Result<()> {
-    let (batches, data) = (config.levels.batch.as_deref().unwrap_or_default(), &config.data);
+/// `levels.batch` and `levels.context`: a value a level, the finest's that of `[data]`.
+fn check_sequences(config: &Config) -> Result<()> {
+    let Config { levels, data, .. } = config;
+    for (key, values, fine) in [("batch", &levels.batch, data.batch), ("context", &levels.context, data.context)] {
+        let values = values.as_deref().unwrap_or_default();
+        ensure!(
+            values.len() == levels.count,
+            "levels.{key} has {} entries: expected levels.count = {}",
+            values.len(),
+            levels.count
+        );
+        ensure!(
+            values[0] == fine,
+            "levels.{key} = {values:?}: its first entry is the fine level's, expected data.{key} = {fine}"
+        );
+        values.iter().try_for_each(|&value| at_least_one(&format!("levels.{key}"), value as u64))?;
+    }
+    let contexts = levels.context.as_deref().unwrap_or_default();
     ensure!(
-        batches.len() == config.levels.count,
-        "levels.batch has {} entries: expected levels.count = {}",
-        batches.len(),
-        config.levels.count
+        contexts.iter().all(|&context| data.context.is_multiple_of(context)),
+        "levels.context = {contexts:?}: expected divisors of data.context = {}, whose sequences are cut into pieces",
+        data.context
     );
-    ensure!(
-        batches[0] == data.batch,
-        "levels.batch = {batches:?}: its first entry is the fine level's, expected data.batch = {}",
-        data.batch
-    );
-    batches.iter().try_for_each(|&batch| at_least_one("levels.batch", batch as u64))
+    Ok(())
 }
 
 fn check_cycle(config: &Config) -> Result<()> {

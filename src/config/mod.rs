@@ -129,6 +129,11 @@ impl Config {
         self.levels.batch.as_ref().expect("resolved by config::parse")[level]
     }
 
+    /// T_l: tokens in a sequence on level `l`.
+    pub fn context(&self, level: usize) -> usize {
+        self.levels.context.as_ref().expect("resolved by config::parse")[level]
+    }
+
     /// The smallest and the largest B_l.
     pub fn batches(&self) -> (usize, usize) {
         let batches = (0..self.levels.count).map(|level| self.batch(level));
@@ -236,6 +241,10 @@ mod tests {
             ("[levels]\ncount = 2\nbatch = [16]", "levels.batch"),
             ("[levels]\ncount = 2\nbatch = [8, 8]", "data.batch"),
             ("[levels]\ncount = 2\nbatch = [16, 0]", "levels.batch"),
+            ("[levels]\ncount = 2\ncontext = [256]", "levels.context"),
+            ("[levels]\ncount = 2\ncontext = [128, 128]", "data.context"),
+            ("[levels]\ncount = 2\ncontext = [256, 0]", "levels.context"),
+            ("[levels]\ncount = 2\ncontext = [256, 100]", "levels.context"),
             ("[cycle]\nkind = 'paper'\n[levels]\ncount = 2", "levels.transfer"),
             ("[parallel]\nzero = 7", "parallel.zero"),
             ("[parallel]\nsync_every = 0", "parallel.sync_every"),

@@ -229,6 +229,8 @@ table! {
         coherence_batches: u64 = 4,
         /// Sequences in a global batch on each level, finest first. Default: `data.batch` on all.
         batch: Option<Vec<usize>> = None,
+        /// Tokens in a sequence on each level, finest first: sequences of `data.context` are cut into pieces of so many. Default: `data.context` on all.
+        context: Option<Vec<usize>> = None,
         /// `first`, `alternate`, `random` or `all`: which coset of an `injection` level is trained. A step of `all` trains each one on a batch of its own, so it does the work of as many steps as there are cosets.
         coset: CosetPolicy = CosetPolicy::First,
         /// `injection`: after a coarse step, neighbouring rows (one of each coset) move towards their mean by this share of the way.

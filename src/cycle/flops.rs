@@ -18,7 +18,12 @@ pub fn tokens_per_step(config: &Config, level: usize) -> u64 {
     config.batch(level) as u64 * config.data.context as u64
 }
 
-/// FLOPs of `op`: steps · step_flops(N_l, B_l T) a smooth, times the number of cosets where all are trained. What a switch,
+/// FLOPs of a step on `level`: N_l blocks, B_l T tokens in sequences of T_l.
+pub fn level_flops(config: &Config, spec: &Spec, level: usize) -> Flops {
+    step_flops(spec, config.rows(level), config.context(level), tokens_per_step(config, level))
+}
+
+/// FLOPs of `op`: steps · [`level_flops`] a smooth, times the number of cosets where all are trained. What a switch,
 /// an evaluation, a held-out batch or the measurement of a coherence term costs is not counted.
 pub fn flops(config: &Config, spec: &Spec, op: &Op) -> Flops {
     phases(config, spec, op).iter().map(|phase| phase.flops).sum()
@@ -33,7 +38,7 @@ fn phases(config: &Config, spec: &Spec, op: &Op) -> Vec<Phase> {
     match *op {
         Op::Smooth { level, coset, steps } => {
             let nets = if coset == Coset::All { config.levels.factor.pow(level as u32) as u64 } else { 1 };
-            let flops = step_flops(spec, config.rows(level), tokens_per_step(config, level)) * (steps * nets);
+            let flops = level_flops(config, spec, level) * (steps * nets);
             vec![Phase { level, coset, steps, flops, beside: false }]
         }
         Op::Beside { fine, ref coarse, .. } => {

@@ -25,7 +25,7 @@ mod v;
 mod w;
 
 pub use adaptive::shorten;
-pub use flops::{Phase, flops, plan_flops, tokens_per_step, total};
+pub use flops::{Phase, flops, level_flops, plan_flops, tokens_per_step, total};
 pub use groups::Groups;
 pub use local::{LocalOp, Scope, Side, Smooth, localize, own_cosets};
 pub use places::{Places, Round, done};

@@ -1,7 +1,7 @@
-use super::{Coset, Groups, Op, tokens_per_step};
+use super::{Coset, Groups, Op, level_flops};
 use crate::config::{Config, Placement};
 use crate::error::{Result, ensure};
-use crate::model::{Spec, step_flops};
+use crate::model::Spec;
 
 /// Which ranks work on what: the rounds of each op, and the groups that carry them out at the same time.
 ///
@@ -65,7 +65,7 @@ impl Places {
             given.is_empty() || sum == ranks,
             "parallel.groups = {given:?} is for {sum} ranks, but there are {ranks}: make the sizes add up to {ranks}, or leave the key out"
         );
-        let flops = |level| step_flops(spec, config.rows(level), tokens_per_step(config, level)).total as f64;
+        let flops = |level| level_flops(config, spec, level).total as f64;
         Ok(Places {
             placement: config.parallel.placement,
             ranks,

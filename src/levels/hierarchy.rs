@@ -192,8 +192,8 @@ impl Level {
         let stride = stored / rows;
         let coset = |k| {
             let rows: Vec<usize> = (k..stored).step_by(stride).collect();
-            let theta = Params::view(spec, &group.theta, &rows, &ends.theta, h)?;
-            let grad = Params::view(spec, &group.grad, &rows, &ends.grad, h)?;
+            let view = |blocks, ends| Params::view(spec, blocks, &rows, ends, h)?.with_context(config.context(level));
+            let (theta, grad) = (view(&group.theta, &ends.theta)?, view(&group.grad, &ends.grad)?);
             Ok(Coset { rows, theta, grad })
         };
         let cosets = (0..stride).map(coset).collect::<Result<_>>()?;

@@ -36,7 +36,7 @@ impl std::iter::Sum for Flops {
     }
 }
 
-/// FLOPs of one optimizer step with `rows` blocks over `tokens` tokens (forward and backward).
+/// FLOPs of one optimizer step with `rows` blocks over `tokens` tokens in sequences of T = `context` (forward and backward).
 ///
 /// ```text
 /// blocks = evaluations · rows · (6 · 12 d² + 12 d T) · tokens
@@ -45,8 +45,8 @@ impl std::iter::Sum for Flops {
 ///
 /// 6 a matmul parameter and token; 12·d·T a block and token for attention, no causal halving; recomputed activations
 /// do not count. Heun evaluates each block twice.
-pub fn step_flops(spec: &Spec, rows: usize, tokens: u64) -> Flops {
-    let [vocab, d, context, rows] = [spec.vocab, spec.width, spec.context, rows].map(|n| n as u128);
+pub fn step_flops(spec: &Spec, rows: usize, context: usize, tokens: u64) -> Flops {
+    let [vocab, d, context, rows] = [spec.vocab, spec.width, context, rows].map(|n| n as u128);
     let evaluations = one_step(spec.integrator).evaluations() as u128;
     let tokens = u128::from(tokens);
     let blocks = evaluations * rows * (6 * 12 * d * d + 12 * d * context) * tokens;
@@ -61,12 +61,12 @@ mod tests {
     #[test]
     fn the_paper_s_net() {
         let spec = Spec { vocab: 50257, width: 256, heads: 8, context: 256, depth: 12, ..Spec::small() };
-        let flops = step_flops(&spec, 12, 1);
+        let flops = step_flops(&spec, 12, 256, 1);
         assert_eq!(flops.blocks, 12 * (72 * 65_536 + 12 * 65_536));
         assert_eq!(flops.total - flops.blocks, 6 * 50_257 * 256);
-        assert_eq!(step_flops(&spec, 6, 1).blocks * 2, flops.blocks);
-        assert_eq!(step_flops(&spec, 12, 1024).total, 1024 * flops.total);
-        let heun = step_flops(&Spec { integrator: Integrator::Heun, ..spec }, 12, 1);
+        assert_eq!(step_flops(&spec, 6, 256, 1).blocks * 2, flops.blocks);
+        assert_eq!(step_flops(&spec, 12, 256, 1024).total, 1024 * flops.total);
+        let heun = step_flops(&Spec { integrator: Integrator::Heun, ..spec }, 12, 256, 1);
         assert_eq!(heun.blocks, 2 * flops.blocks);
     }
 }

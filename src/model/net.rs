@@ -14,6 +14,8 @@ use super::tape::{self, Extent, Workspace};
 use crate::error::{Result, ensure};
 use crate::ops::{access, classifier, embedding, layer_norm};
 use candle_core::{DType, Device, Tensor};
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 /// Part of the gradient that is final: the backward pass will not touch it again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,8 +31,8 @@ pub struct Net {
     extent: Extent,
     dtype: DType,
     buffers: Vec<Tensor>,
-    /// Views of the buffers for 1, 2, … sequences, made when first used.
-    workspaces: Vec<Option<Workspace>>,
+    /// Views of the buffers for a number of sequences of a length, made when first used.
+    workspaces: HashMap<[usize; 2], Workspace>,
 }
 
 impl Net {
@@ -39,8 +41,7 @@ impl Net {
         ensure!(micro_batch > 0, "a micro-batch has at least one sequence");
         let extent = Extent::new(spec, max_rows, micro_batch);
         let buffers = tape::allocate(spec, extent, dtype, device)?;
-        let workspaces = (0..micro_batch).map(|_| None).collect();
-        Ok(Net { spec: spec.clone(), extent, dtype, buffers, workspaces })
+        Ok(Net { spec: spec.clone(), extent, dtype, buffers, workspaces: HashMap::new() })
     }
 
     /// Bytes that [`Net::new`] takes for f32.
@@ -55,8 +56,8 @@ impl Net {
         classifier::scratch_bytes(chunk, spec.width, spec.vocab, DType::F32.size_in_bytes()) as u64
     }
 
-    /// Σ over tokens of the cross-entropy, forward only. `tokens` and `targets` hold `sequences * context` entries,
-    /// sequences ≤ `micro_batch`.
+    /// Σ over tokens of the cross-entropy, forward only. `tokens` and `targets` hold whole sequences of
+    /// `params.context()`, no more entries than `micro_batch` sequences of the spec's length.
     pub fn loss(&mut self, params: &Params, tokens: &[u32], targets: &[u32]) -> Result<f64> {
         let pass = self.pass(params, tokens, targets)?;
         pass.forward()?;
@@ -84,34 +85,39 @@ impl Net {
     /// Checks the arguments and brings the batch to the device.
     fn pass<'a>(&'a mut self, params: &'a Params, tokens: &[u32], targets: &[u32]) -> Result<Pass<'a>> {
         let Net { spec, extent, dtype, buffers, workspaces } = self;
-        let sequences = tokens.len() / spec.context;
+        let context = params.context()?;
         ensure!(
-            tokens.len() == sequences * spec.context && targets.len() == tokens.len(),
-            "{} tokens and {} targets are not whole sequences of {}",
+            !tokens.is_empty() && tokens.len().is_multiple_of(context) && targets.len() == tokens.len(),
+            "{} tokens and {} targets are not whole sequences of {context}",
             tokens.len(),
             targets.len(),
-            spec.context
         );
         ensure!(
-            (1..=extent.sequences).contains(&sequences) && params.rows() <= extent.rows,
-            "{sequences} sequences and {} blocks do not fit a workspace for {} and {}",
+            tokens.len() <= extent.sequences * spec.context && params.rows() <= extent.rows,
+            "{} tokens and {} blocks do not fit a workspace for {} and {}",
+            tokens.len(),
             params.rows(),
-            extent.sequences,
+            extent.sequences * spec.context,
             extent.rows
         );
-        let work = match &mut workspaces[sequences - 1] {
-            Some(work) => work,
-            empty => empty.insert(Workspace::view(spec, extent.first(spec, sequences), *dtype, buffers)?),
+        let sequences = tokens.len() / context;
+        let work = match workspaces.entry([sequences, context]) {
+            Entry::Occupied(work) => work.into_mut(),
+            Entry::Vacant(empty) => {
+                let spec = Spec { context, ..spec.clone() };
+                empty.insert(Workspace::view(&spec, extent.first(&spec, sequences), *dtype, buffers)?)
+            }
         };
         access::upload_u32(tokens, &work.tokens)?;
         access::upload_u32(targets, &work.targets)?;
-        Ok(Pass { spec, params, work })
+        Ok(Pass { spec, context, params, work })
     }
 }
 
 /// One forward pass, and the way back.
 struct Pass<'a> {
     spec: &'a Spec,
+    context: usize,
     params: &'a Params,
     work: &'a Workspace,
 }
@@ -120,7 +126,7 @@ impl Pass<'_> {
     fn field(&self, n: usize) -> Field<'_> {
         Field {
             theta: &self.params.blocks[n],
-            context: self.spec.context,
+            context: self.context,
             heads: self.spec.heads,
             scratch: &self.work.scratch,
         }
@@ -190,7 +196,40 @@ mod tests {
     use super::*;
     use crate::config::Integrator;
     use crate::model::Layout;
-    use crate::ops::testing::{assert_gpu_equals_cpu, random};
+    use crate::ops::testing::{assert_all_close, assert_close, assert_gpu_equals_cpu, constant, random};
+
+    /// Loss and gradient of short sequences are those of a net that has no later positions.
+    #[test]
+    fn a_shorter_context_leaves_out_the_later_positions() {
+        let long = Spec { context: 6, ..Spec::small() };
+        let short = Spec { context: 3, ..Spec::small() };
+        let (block, [ends, short_ends]) = (Layout::block(&long).len(), [&long, &short].map(|s| Layout::ends(s).len()));
+        let theta = random(&[2, block], DType::F64, 1);
+        let theta_ends = random(&[1, ends], DType::F64, 2);
+        // The ends begin with wte and wpe.
+        let [kept, next] = [3, 6].map(|positions| (long.vocab + positions) * long.width);
+        let without = |ends: &Tensor| {
+            let part = |start, end| ends.narrow(1, start, end - start).unwrap();
+            Tensor::cat(&[part(0, kept), part(next, ends.dim(1).unwrap())], 1).unwrap()
+        };
+        let tokens: Vec<u32> = (0..12).map(|i| i * i % 11).collect();
+        let targets: Vec<u32> = (1..13).map(|i| i * i % 11).collect();
+        let run = |spec: &Spec, theta_ends: &Tensor| {
+            let mut net = Net::new(spec, 2, 12 / spec.context, DType::F64, &Device::Cpu).unwrap();
+            let (grad, grad_ends) = (constant(0.0, &[2, block], DType::F64), theta_ends.zeros_like().unwrap());
+            let params = |theta, ends| Params::view(spec, theta, &[0, 1], ends, 0.5).unwrap().with_context(3).unwrap();
+            let (params, grads) = (params(&theta, theta_ends), params(&grad, &grad_ends));
+            let loss = net.loss_and_gradient(&params, &grads, &tokens, &targets, 0.1, &mut |_| Ok(())).unwrap();
+            assert_eq!(net.loss(&params, &tokens, &targets).unwrap(), loss);
+            (loss, grad, grad_ends)
+        };
+        let (loss, grad, grad_ends) = run(&long, &theta_ends);
+        let (short_loss, short_grad, short_grad_ends) = run(&short, &without(&theta_ends));
+        assert_eq!((loss, short_grad_ends.dim(1).unwrap()), (short_loss, short_ends));
+        assert_all_close(&[grad, without(&grad_ends)], &[short_grad, short_grad_ends], 0.0);
+        let later = grad_ends.narrow(1, kept, next - kept).unwrap();
+        assert_close(&later, &later.zeros_like().unwrap(), 0.0);
+    }
 
     /// The loss and the whole gradient, through every op in the order of a step.
     #[test]

@@ -58,6 +58,17 @@ impl Params {
         Ok(Params { blocks, ends: EndsParams { wte, wpe, ln_f, head }, h })
     }
 
+    /// The same net for sequences of at most `context` tokens: it has no positions after them.
+    pub fn with_context(mut self, context: usize) -> Result<Params> {
+        self.ends.wpe = self.ends.wpe.narrow(0, 0, context)?;
+        Ok(self)
+    }
+
+    /// T: tokens in a sequence.
+    pub fn context(&self) -> Result<usize> {
+        Ok(self.ends.wpe.dim(0)?)
+    }
+
     /// Number of blocks.
     pub fn rows(&self) -> usize {
         self.blocks.len()

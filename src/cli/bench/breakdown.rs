@@ -1,8 +1,8 @@
 //! Where the time of a step goes, by part of the net.
 
 use crate::config::Config;
-use crate::cycle::tokens_per_step;
-use crate::model::{Layout, Spec, step_flops};
+use crate::cycle::level_flops;
+use crate::model::{Layout, Spec};
 use crate::ops::profile::Entry;
 use serde::Serialize;
 
@@ -80,10 +80,9 @@ fn part(entry: &Entry, blocks: &Layout) -> &'static str {
     }
 }
 
-/// Model FLOPs of a part in a step: those of [`step_flops`], by part.
+/// Model FLOPs of a part in a step: those of [`level_flops`], by part.
 fn flops(name: &str, config: &Config, spec: &Spec, blocks: &Layout) -> Option<f64> {
-    let step = |spec: &Spec| step_flops(spec, config.model.depth, tokens_per_step(config, 0));
-    let all = step(spec);
+    let all = level_flops(config, spec, 0);
     let (d, context) = (spec.width as f64, spec.context as f64);
     // 72 d² + 12 d T for a block and token
     let of_blocks = |flops: f64| Some(all.blocks as f64 * flops / (72.0 * d * d + 12.0 * d * context));
@@ -119,7 +118,7 @@ mod tests {
         assert_eq!(["attn/qkv", "head", "cross-entropy", OTHER].map(seconds), [3.0, 3.5, 1.5, 1.75]);
         assert_eq!(parts.iter().map(|p| p.seconds).sum::<f64>(), 10.0);
         let flops: f64 = PARTS.iter().filter_map(|name| flops(name, &config, &spec, &Layout::block(&spec))).sum();
-        let expected = step_flops(&spec, config.model.depth, tokens_per_step(&config, 0)).total as f64;
+        let expected = level_flops(&config, &spec, 0).total as f64;
         assert!((flops / expected - 1.0).abs() < 1e-12);
     }
 }

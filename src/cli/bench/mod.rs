@@ -10,9 +10,8 @@ mod step;
 use super::setting;
 use crate::comm::{Solo, World};
 use crate::config::{self, Config};
-use crate::cycle::tokens_per_step;
+use crate::cycle::level_flops;
 use crate::error::{Context, Outcome, Result};
-use crate::model::step_flops;
 use crate::run::{Learner, Target};
 use std::io::Write;
 use std::path::Path;
@@ -105,7 +104,7 @@ impl Subject {
 
     /// Model FLOPs of a step on the fine net.
     fn flops(&self) -> f64 {
-        step_flops(self.learner.spec(), self.config.model.depth, tokens_per_step(&self.config, 0)).total as f64
+        level_flops(&self.config, self.learner.spec(), 0).total as f64
     }
 }
 

@@ -16,7 +16,7 @@ use super::Machine;
 use crate::comm::Buckets;
 use crate::config::Config;
 use crate::cycle::{self, Phase};
-use crate::model::{Flops, Layout, Spec, step_flops};
+use crate::model::{Layout, Spec};
 use crate::{optim, run};
 use serde::Serialize;
 
@@ -109,13 +109,9 @@ impl LevelForecast {
 
 /// t_c
 fn compute_seconds(config: &Config, spec: &Spec, machine: &Machine, level: usize, ranks: usize) -> f64 {
-    let sequences = config.batch(level).div_ceil(ranks) as f64;
-    sequences * sequence_flops(config, spec, level).total as f64 / machine.flops
-}
-
-/// F_l / B_l
-fn sequence_flops(config: &Config, spec: &Spec, level: usize) -> Flops {
-    step_flops(spec, config.rows(level), config.data.context as u64)
+    let batch = config.batch(level);
+    let share = batch.div_ceil(ranks) as f64 / batch as f64;
+    share * cycle::level_flops(config, spec, level).total as f64 / machine.flops
 }
 
 /// t_u
@@ -127,12 +123,13 @@ fn update_seconds(config: &Config, spec: &Spec, machine: &Machine, rows: usize) 
 
 /// The sums of a step's gradient, in their order.
 fn messages(config: &Config, spec: &Spec, machine: &Machine, level: usize, ranks: usize) -> Vec<Message> {
-    let (rows, flops) = (config.rows(level), sequence_flops(config, spec, level));
+    let (rows, blocks) = (config.rows(level), cycle::level_flops(config, spec, level).blocks);
     let end = compute_seconds(config, spec, machine, level, ranks);
     // Only the backward pass of the last micro-batch gives final rows.
     let (share, micro_batch) = (config.batch(level).div_ceil(ranks), run::micro_batch(config, ranks));
     let last = if share.is_multiple_of(micro_batch) { micro_batch } else { share % micro_batch };
-    let backward_of_a_block = 2.0 / 3.0 * last as f64 * flops.blocks as f64 / rows as f64 / machine.flops;
+    let part = last as f64 / (config.batch(level) * rows) as f64;
+    let backward_of_a_block = 2.0 / 3.0 * part * blocks as f64 / machine.flops;
     let widths: Vec<usize> = (0..rows).map(|_| Layout::block(spec).len()).chain([Layout::ends(spec).len()]).collect();
     let ready = |added: usize| end - rows.saturating_sub(added) as f64 * backward_of_a_block;
     Buckets::cut(&widths).into_iter().map(|(added, values)| Message { ready: ready(added), values }).collect()
@@ -165,7 +162,7 @@ mod tests {
         let (config, machine) = (config(""), machine());
         let forecast = Forecast::new(&config, &machine, 1);
         for level in &forecast.levels {
-            let flops = step_flops(&Spec::new(&config), level.rows, 64 * 32).total as f64;
+            let flops = cycle::level_flops(&config, &Spec::new(&config), level.level).total as f64;
             assert!((level.compute_s - flops / 1e12).abs() < 1e-9 * level.compute_s, "{level:?}");
             assert_eq!((level.exposed_s, level.efficiency, level.sums_s), (0.0, 1.0, 0.0));
             assert_eq!(level.step_s, level.compute_s + level.update_s);
