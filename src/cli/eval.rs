@@ -2,7 +2,7 @@
 
 use crate::checkpoint::{Check, Checkpoint};
 use crate::comm::Solo;
-use crate::config::{CosetPolicy, CycleKind, Placement};
+use crate::config::{CosetPolicy, CycleKind, Dtype, Placement};
 use crate::error::{Outcome, Result};
 use crate::run::{self, Learner};
 use serde_json::json;
@@ -30,6 +30,8 @@ pub fn run(args: Args) -> Result<Outcome> {
     // The fine net alone is wanted.
     (config.levels.count, config.levels.coset) = (1, CosetPolicy::First);
     (config.cycle.kind, config.parallel.placement) = (CycleKind::Flat, Placement::Sequential);
+    // On any machine.
+    config.model.dtype = Dtype::F32;
     config.data.dir = args.data.unwrap_or(config.data.dir);
     config.log.eval_sequences = args.sequences.unwrap_or(config.log.eval_sequences);
     run::use_threads(config.parallel.threads, 1)?;

@@ -8,8 +8,9 @@ use crate::config::{Config, CycleKind};
 use crate::cycle::{self, Coset, Phase, Places};
 use crate::error::{Context, Outcome, Result, ensure};
 use crate::levels::{Memory, memory};
-use crate::model::{Flops, Layout, Net, Spec};
+use crate::model::{Flops, Layout, Net, Rounded, Spec};
 use crate::{optim, run};
+use candle_core::DType;
 use serde::Serialize;
 use std::io::Write;
 use std::path::PathBuf;
@@ -132,6 +133,8 @@ pub(super) struct RankMemory {
     levels: Memory,
     /// Activations and scratch of one micro-batch.
     workspace: u64,
+    /// Parameters in the type that the net computes in, if that is not f32.
+    rounded: u64,
     micro_batch: usize,
     pub(super) total: u64,
 }
@@ -318,10 +321,13 @@ impl RankMemory {
         let levels = memory(config, spec, moments);
         let micro_batch = run::micro_batch(config, ranks);
         let workspace = Net::workspace_bytes(spec, spec.depth, micro_batch) + Net::scratch_bytes(spec, micro_batch);
-        RankMemory { levels, workspace, micro_batch, total: levels.total() + workspace }
+        let rounded = if spec.dtype == DType::F32 { 0 } else { Rounded::bytes(spec) };
+        RankMemory { levels, workspace, rounded, micro_batch, total: levels.total() + workspace + rounded }
     }
 
     fn table(&self) -> String {
+        /// Left out where all is f32.
+        const ROUNDED: &str = "parameters in bf16";
         let Memory { parameters, gradients, moments, transfer } = self.levels;
         let rows = [
             ("parameters", parameters),
@@ -329,9 +335,11 @@ impl RankMemory {
             ("optimizer moments", moments),
             ("between levels", transfer),
             ("activations", self.workspace),
+            (ROUNDED, self.rounded),
             ("together", self.total),
         ];
-        table(&rows.map(|(name, size)| [name.to_owned(), bytes(size)]))
+        let rows = rows.iter().filter(|(name, size)| *size > 0 || *name != ROUNDED);
+        table(&rows.map(|(name, size)| [(*name).to_owned(), bytes(*size)]).collect::<Vec<_>>())
     }
 }
 

@@ -26,6 +26,16 @@ words! {
 }
 
 words! {
+    /// Element type that a net computes in.
+    Dtype {
+        /// Everything in f32.
+        F32 = "f32",
+        /// Weights and activations in bf16; sums, master weights, gradients and moments in f32.
+        Bf16 = "bf16",
+    }
+}
+
+words! {
     /// Transfer operator between levels.
     TransferKind {
         /// Cosets: a coarse level is a strided view of the fine trajectory.
@@ -205,6 +215,8 @@ table! {
         init_std: f64 = 0.02,
         /// Keep only each block's input and recompute its activations in the backward pass.
         recompute: bool = false,
+        /// `f32` or `bf16` (GPUs only): what activations and the products' factors are kept in. Parameters, their gradients and optimizer state are f32 always.
+        dtype: Dtype = Dtype::F32,
     }
 }
 

@@ -19,5 +19,5 @@ pub use flops::{Flops, step_flops};
 pub use init::initialize;
 pub use layout::{Init, Layout, Segment};
 pub use net::{Net, Ready};
-pub use params::Params;
+pub use params::{Params, Rounded};
 pub use spec::Spec;

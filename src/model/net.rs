@@ -44,16 +44,16 @@ impl Net {
         Ok(Net { spec: spec.clone(), extent, dtype, buffers, workspaces: HashMap::new() })
     }
 
-    /// Bytes that [`Net::new`] takes for f32.
+    /// Bytes that [`Net::new`] takes for `spec.dtype`.
     pub fn workspace_bytes(spec: &Spec, max_rows: usize, micro_batch: usize) -> u64 {
         let extent = Extent::new(spec, max_rows, micro_batch);
-        tape::bytes(spec, extent, DType::F32).expect("counting takes no memory")
+        tape::bytes(spec, extent, spec.dtype).expect("counting takes no memory")
     }
 
-    /// Bytes that the ops' own scratch adds to that in the first step, for f32: as good as all of it is the classifier's.
+    /// Bytes that the ops' own scratch adds to that in the first step: as good as all of it is the classifier's.
     pub fn scratch_bytes(spec: &Spec, micro_batch: usize) -> u64 {
         let chunk = Extent::new(spec, 0, micro_batch).chunk();
-        classifier::scratch_bytes(chunk, spec.width, spec.vocab, DType::F32.size_in_bytes()) as u64
+        classifier::scratch_bytes(chunk, spec.width, spec.vocab, spec.dtype.size_in_bytes()) as u64
     }
 
     /// Σ over tokens of the cross-entropy, forward only. `tokens` and `targets` hold whole sequences of

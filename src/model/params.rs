@@ -2,7 +2,10 @@
 
 use super::{Layout, Spec};
 use crate::error::{Context, Result, ensure};
-use candle_core::Tensor;
+use crate::ops::access;
+use candle_core::{Device, Tensor};
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 /// One block's parameters θ_n, views into a row of the trajectory. Linear weights are [outputs, inputs].
 #[derive(Clone, Debug)]
@@ -41,6 +44,8 @@ pub(super) struct EndsParams {
 pub struct Params {
     pub(super) blocks: Vec<BlockParams>,
     pub(super) ends: EndsParams,
+    /// The rows [1, P] and then the ends [1, E] that these are views of.
+    storage: Vec<Tensor>,
     /// Step size of a net of these rows.
     pub h: f64,
 }
@@ -51,11 +56,13 @@ impl Params {
     pub fn view(spec: &Spec, trajectory: &Tensor, rows: &[usize], ends: &Tensor, h: f64) -> Result<Params> {
         let layout = Layout::block(spec);
         let blocks = rows.iter().map(|&row| block(&layout, trajectory, row)).collect::<Result<_>>()?;
+        let storage = rows.iter().map(|&row| trajectory.narrow(0, row, 1)).chain([Ok(ends.clone())]);
+        let storage = storage.collect::<candle_core::Result<_>>()?;
         let mut ends = segments(&Layout::ends(spec), ends, 0).context("the ends")?.into_iter();
         let mut next = || ends.next().expect("segments of Layout::ends");
         let (wte, wpe, ln_f) = (next(), next(), next());
         let head = if spec.tied { wte.clone() } else { next() };
-        Ok(Params { blocks, ends: EndsParams { wte, wpe, ln_f, head }, h })
+        Ok(Params { blocks, ends: EndsParams { wte, wpe, ln_f, head }, storage, h })
     }
 
     /// The same net for sequences of at most `context` tokens: it has no positions after them.
@@ -72,6 +79,49 @@ impl Params {
     /// Number of blocks.
     pub fn rows(&self) -> usize {
         self.blocks.len()
+    }
+}
+
+/// Copies of parameters in the element type that a net computes in: θ itself stays f32, products take bf16.
+pub struct Rounded {
+    spec: Spec,
+    /// [N, P]
+    blocks: Tensor,
+    /// [1, E]
+    ends: Tensor,
+    /// Views of the first rows for a number of blocks and a context, made when first used.
+    views: HashMap<[usize; 2], Params>,
+}
+
+impl Rounded {
+    /// Room for nets of up to `spec.depth` blocks in `spec.dtype`.
+    pub fn new(spec: &Spec, device: &Device) -> Result<Rounded> {
+        let zeros = |rows, layout: Layout| Tensor::zeros((rows, layout.len()), spec.dtype, device);
+        let (blocks, ends) = (zeros(spec.depth, Layout::block(spec))?, zeros(1, Layout::ends(spec))?);
+        Ok(Rounded { spec: spec.clone(), blocks, ends, views: HashMap::new() })
+    }
+
+    /// `params` rounded, as they are now. They take the place of those that were rounded before.
+    pub fn copy_of(&mut self, params: &Params) -> Result<&Params> {
+        let Rounded { spec, blocks, ends, views } = self;
+        let (rows, context) = (params.rows(), params.context()?);
+        let rounded = match views.entry([rows, context]) {
+            Entry::Occupied(view) => view.into_mut(),
+            Entry::Vacant(empty) => {
+                let rows: Vec<usize> = (0..rows).collect();
+                empty.insert(Params::view(spec, blocks, &rows, ends, params.h)?.with_context(context)?)
+            }
+        };
+        rounded.h = params.h;
+        let pairs = params.storage.iter().zip(&rounded.storage);
+        pairs.into_iter().try_for_each(|(exact, rounded)| access::cast(exact, rounded))?; // =
+        Ok(rounded)
+    }
+
+    /// Bytes that [`Rounded::new`] takes.
+    pub fn bytes(spec: &Spec) -> u64 {
+        let elements = spec.depth * Layout::block(spec).len() + Layout::ends(spec).len();
+        (elements * spec.dtype.size_in_bytes()) as u64
     }
 }
 
@@ -105,8 +155,7 @@ fn segments(layout: &Layout, tensor: &Tensor, row: usize) -> Result<Vec<Tensor>>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::access;
-    use candle_core::{DType, Device};
+    use candle_core::DType;
 
     #[test]
     fn a_view_shares_the_storage_of_its_row() {

@@ -1,6 +1,7 @@
 //! Shape of the net.
 
-use crate::config::{Config, Integrator, Parametrization};
+use crate::config::{Config, Dtype, Integrator, Parametrization};
+use candle_core::DType;
 
 /// Shape of the net, from a config and the vocabulary.
 #[derive(Clone, Debug)]
@@ -20,6 +21,8 @@ pub struct Spec {
     pub tied: bool,
     pub init_std: f64,
     pub recompute: bool,
+    /// Element type of activations and of the weights in products.
+    pub dtype: DType,
 }
 
 impl Spec {
@@ -37,6 +40,10 @@ impl Spec {
             tied: model.tied,
             init_std: model.init_std,
             recompute: model.recompute,
+            dtype: match model.dtype {
+                Dtype::F32 => DType::F32,
+                Dtype::Bf16 => DType::BF16,
+            },
         }
     }
 
@@ -54,6 +61,7 @@ impl Spec {
             tied: true,
             init_std: 0.02,
             recompute: false,
+            dtype: DType::F32,
         }
     }
 }

@@ -6,7 +6,7 @@
 use super::profile;
 use super::real::{PIECE, Real};
 use crate::error::{Result, anyhow, bail, ensure};
-use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Storage, Tensor, WithDType};
+use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Storage, Tensor, WithDType};
 use half::bf16;
 use rayon::prelude::*;
 use std::cell::Cell;
@@ -52,6 +52,14 @@ pub(crate) use on_device;
 pub fn no_kernel(op: &str, device: &candle_core::Device, dtype: DType) -> crate::error::Error {
     let location = device.location();
     anyhow!("{op}: no kernel for {dtype:?} on {location:?}; the CPU computes in f32 or f64, a GPU in f32 or bf16")
+}
+
+/// Whether the ops on `device` take bf16: those of GPUs do.
+pub fn computes_in_bf16(device: &Device) -> bool {
+    #[cfg(any(feature = "cuda", test))]
+    return super::cuda::Gpu::on(device).is_some();
+    #[cfg(not(any(feature = "cuda", test)))]
+    return !device.is_cpu();
 }
 
 /// The dtype of sums over elements of `dtype`: f32 for bf16, else the same.

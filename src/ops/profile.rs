@@ -1,11 +1,15 @@
-//! Seconds spent in each op, for `vcycle bench step`. Off, as in training, an op reads one flag.
+//! Seconds spent in each op, for `vcycle bench step`. Off, as in training, an op reads one flag. On, each op of a GPU
+//! waits until its work is done, so that the time is its own; a step then takes longer than one that is not profiled.
 
+use candle_core::Device;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 static ON: AtomicBool = AtomicBool::new(false);
 static ENTRIES: Mutex<Vec<Entry>> = Mutex::new(Vec::new());
+/// The GPU whose work is waited for.
+static GPU: Mutex<Option<Device>> = Mutex::new(None);
 
 /// What an op has taken since the last [`take`].
 #[derive(Clone, Copy, Debug, PartialEq, serde::Serialize)]
@@ -29,9 +33,14 @@ struct Running {
     start: Instant,
 }
 
-/// Turns the profile on or off for all threads.
-pub fn enable(on: bool) {
-    ON.store(on, Ordering::Relaxed);
+/// Turns the profile of the ops on `device` on, for all threads.
+pub fn enable(device: &Device) {
+    *lock(&GPU) = (!device.is_cpu()).then(|| device.clone());
+    ON.store(true, Ordering::Relaxed);
+}
+
+pub fn disable() {
+    ON.store(false, Ordering::Relaxed);
 }
 
 /// Times `op` until the end of the scope.
@@ -60,18 +69,22 @@ fn start(op: &'static str, weight: [usize; 2], threads: usize) -> Timer {
 
 /// The entries so far, in the order of their first calls; counting starts anew.
 pub fn take() -> Vec<Entry> {
-    entries().drain(..).collect()
+    lock(&ENTRIES).drain(..).collect()
 }
 
-fn entries() -> MutexGuard<'static, Vec<Entry>> {
-    ENTRIES.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(mutex: &'static Mutex<T>) -> MutexGuard<'static, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for Timer {
     fn drop(&mut self) {
         let Some(Running { op, weight, threads, start }) = self.0.take() else { return };
+        if let Some(gpu) = &*lock(&GPU) {
+            // An error comes back from the next op.
+            let _ = gpu.synchronize();
+        }
         let seconds = start.elapsed().as_secs_f64() / threads as f64;
-        let mut entries = entries();
+        let mut entries = lock(&ENTRIES);
         match entries.iter_mut().find(|entry| (entry.op, entry.weight) == (op, weight)) {
             Some(entry) => {
                 entry.calls += 1;
@@ -93,12 +106,12 @@ mod tests {
         drop(time("test"));
         assert_eq!(own(take()), []);
 
-        enable(true);
+        enable(&Device::Cpu);
         for weight in [[1, 2], [1, 2], [2, 1]] {
             let _time = time_product("test", weight);
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
-        enable(false);
+        disable();
         drop(time("test"));
         let entries = own(take());
         assert_eq!(entries.iter().map(|e| (e.weight, e.calls)).collect::<Vec<_>>(), [([1, 2], 2), ([2, 1], 1)]);

@@ -1,17 +1,26 @@
 //! The device of a rank.
 
 use crate::comm::{Communicator, agree};
-use crate::config::{Config, DeviceKind};
+use crate::config::{Config, DeviceKind, Dtype};
 use crate::error::{Result, bail, ensure};
+use crate::ops::access;
 use candle_core::Device;
 
-/// The device that `parallel.device` means on this rank; `auto` takes a GPU where the build and the machine have one.
+/// The device that `parallel.device` means on this rank; `auto` takes a GPU where the build and the machine have one. It
+/// computes in `model.dtype`, or that is an error.
 pub fn device(config: &Config) -> Result<Device> {
-    match config.parallel.device {
-        DeviceKind::Cpu => Ok(Device::Cpu),
-        DeviceKind::Auto if !gpu_visible() => Ok(Device::Cpu),
-        DeviceKind::Auto | DeviceKind::Cuda => gpu(),
-    }
+    let device = match config.parallel.device {
+        DeviceKind::Cpu => Device::Cpu,
+        DeviceKind::Auto if !gpu_visible() => Device::Cpu,
+        DeviceKind::Auto | DeviceKind::Cuda => gpu()?,
+    };
+    ensure!(
+        config.model.dtype == Dtype::F32 || access::computes_in_bf16(&device),
+        "model.dtype = \"{}\" needs a GPU, but parallel.device = \"{}\" is a CPU here, which computes in f32: take model.dtype = \"f32\"",
+        config.model.dtype,
+        config.parallel.device
+    );
+    Ok(device)
 }
 
 #[cfg(feature = "cuda")]

@@ -10,6 +10,7 @@ const MAY_CHANGE: &[&str] = &[
     "data.dir",
     "data.micro_batch",
     "model.recompute",
+    "model.dtype",
     "parallel.device",
     "parallel.placement",
     "parallel.groups",

@@ -2,6 +2,8 @@
 
 use crate::comm::{self, Communicator, Reduction};
 use crate::error::{Context, Result};
+use crate::ops::linear;
+use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -27,16 +29,33 @@ pub fn use_threads(wanted: usize, ranks_on_node: usize) -> Result<usize> {
     Ok(threads)
 }
 
-/// FLOP/s that the matrix products of all ranks reach together, each on its threads, all at once. Collective.
-pub fn gemm_peak(comm: &mut dyn Communicator) -> Result<f64> {
+/// FLOP/s that the matrix products in `dtype` of all ranks reach together, each on its threads or its GPU, all at once.
+/// Collective.
+pub fn gemm_peak(comm: &mut dyn Communicator, device: &Device, dtype: DType) -> Result<f64> {
     comm.barrier()?;
-    let mut peak = [own_gemm_peak()];
+    let mut peak = [if device.is_cpu() { gemm_peak_of_cpu() } else { gemm_peak_of_gpu(device, dtype)? }];
     comm.reduce(&mut peak, Reduction::Sum)?;
     Ok(peak[0])
 }
 
+/// As [`gemm_peak_of_cpu`], on a GPU.
+fn gemm_peak_of_gpu(device: &Device, dtype: DType) -> Result<f64> {
+    const SIZE: usize = 8192;
+    let matrix = || Tensor::full(0.5f32, (SIZE, SIZE), device)?.to_dtype(dtype);
+    let (a, b, c) = (matrix()?, matrix()?, matrix()?);
+    let mut best = f64::INFINITY;
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_millis(150) {
+        let one = Instant::now();
+        linear::backward_input(&a, &b, 1.0, 0.0, &c)?;
+        device.synchronize()?;
+        best = best.min(one.elapsed().as_secs_f64());
+    }
+    Ok(2.0 * (SIZE as f64).powi(3) / best)
+}
+
 /// FLOP/s of the fastest of some square products, large enough for the cost of a call not to count.
-fn own_gemm_peak() -> f64 {
+fn gemm_peak_of_cpu() -> f64 {
     const SIZE: usize = 768;
     let (a, b) = (vec![0.5f32; SIZE * SIZE], vec![0.5f32; SIZE * SIZE]);
     let mut c = vec![0f32; SIZE * SIZE];

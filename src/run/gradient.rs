@@ -5,7 +5,7 @@ use crate::config::Config;
 use crate::data::{Batch, Dataset, Sampler, Split, share};
 use crate::error::{Result, ensure};
 use crate::levels::Hierarchy;
-use crate::model::{Net, Params, Ready, Spec};
+use crate::model::{Net, Params, Ready, Rounded, Spec};
 use crate::ops::{access, norm};
 use candle_core::{DType, Device};
 use std::ops::Range;
@@ -20,6 +20,8 @@ pub struct Target {
 /// One rank's net, its sequences of each global batch and its part in the reduction.
 pub struct Differentiator {
     net: Net,
+    /// What the net takes in the place of parameters in f32, where it computes in another type.
+    rounded: Option<Rounded>,
     sampler: Sampler,
     batch: Batch,
     buckets: Buckets,
@@ -58,7 +60,8 @@ impl Differentiator {
         let micro_batch = micro_batch(config, smallest);
         let dataset = Dataset::open(&config.data.dir, Split::Train)?;
         Ok(Differentiator {
-            net: Net::new(spec, spec.depth, micro_batch, DType::F32, device)?,
+            net: Net::new(spec, spec.depth, micro_batch, spec.dtype, device)?,
+            rounded: (spec.dtype != DType::F32).then(|| Rounded::new(spec, device)).transpose()?,
             sampler: Sampler::new(&dataset, config.data.context, config.run.seed)?,
             batch: Batch::default(),
             buckets: Buckets::default(),
@@ -86,9 +89,9 @@ impl Differentiator {
         zero_gradient(hierarchy, target, ends != Ends::Add)?;
         let share = share(sequences, comm.rank(), comm.size());
         let scale = 1.0 / (sequences * self.context) as f64;
-        let Differentiator { net, sampler, batch, buckets, micro_batch, .. } = self;
-        let (params, grads) =
-            (hierarchy.params(target.level, target.coset), hierarchy.grads(target.level, target.coset));
+        let Differentiator { net, rounded, sampler, batch, buckets, micro_batch, .. } = self;
+        let params = as_computed(rounded, hierarchy.params(target.level, target.coset))?;
+        let grads = hierarchy.grads(target.level, target.coset);
         let mut loss = 0.0;
         for start in share.clone().step_by(*micro_batch) {
             let end = share.end.min(start + *micro_batch);
@@ -126,6 +129,7 @@ impl Differentiator {
 
     /// Σ over tokens of the cross-entropy of the sequences `range` of `sampler`, forward only.
     pub fn loss(&mut self, params: &Params, sampler: &Sampler, range: Range<u64>) -> Result<f64> {
+        let params = as_computed(&mut self.rounded, params)?;
         let mut sum = 0.0;
         for first in range.clone().step_by(self.micro_batch) {
             sampler.batch(first, self.micro_batch.min((range.end - first) as usize), &mut self.batch)?;
@@ -133,6 +137,11 @@ impl Differentiator {
         }
         Ok(sum)
     }
+}
+
+/// `params` in the element type that the net computes in.
+fn as_computed<'a>(rounded: &'a mut Option<Rounded>, params: &'a Params) -> Result<&'a Params> {
+    rounded.as_mut().map_or(Ok(params), |rounded| rounded.copy_of(params))
 }
 
 /// Sequences that the rank with the largest share differentiates at once, if `ranks` share a global batch.

@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::levels::Hierarchy;
 use crate::model::{Spec, initialize};
 use crate::optim::{self, Hyper, Optimizer};
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 /// One rank's net, its levels and its optimizer.
 pub struct Learner {
@@ -93,6 +93,11 @@ impl Learner {
 
     pub fn spec(&self) -> &Spec {
         &self.spec
+    }
+
+    /// What this rank computes on.
+    pub fn device(&self) -> &Device {
+        self.hierarchy.ends(0).theta.device()
     }
 
     /// The gradient of `target` on the global batch that starts at sequence `first` (=), less the coherence term; this
@@ -236,5 +241,62 @@ impl Validation {
             wanted => wanted.min(available),
         };
         Ok(Validation { sampler, sequences })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::comm::Solo;
+    use crate::data::shard;
+    use crate::ops::cuda::emulate;
+
+    /// Losses of a coarse level's steps, then of the fine one's, and the validation loss.
+    fn losses(dtype: &str) -> Vec<f64> {
+        let folder = tempfile::tempdir().unwrap();
+        for split in [Split::Train, Split::Val] {
+            let mut writer = shard::Writer::new(folder.path(), split, 1000);
+            writer.write(&(0..600).map(|i| i % 5).collect::<Vec<u16>>()).unwrap();
+            writer.finish().unwrap();
+        }
+        let text = format!(
+            "[data]\ndir = '{}'\ncontext = 16\nbatch = 4\n[optimizer]\nlr = 1e-2\n\
+             [model]\nvocab = 64\nwidth = 16\nheads = 2\ndepth = 4\ndtype = '{dtype}'\n\
+             [levels]\ncount = 2\ncontext = [16, 8]\n[cycle]\nkind = 'cascade'",
+            folder.path().display()
+        );
+        let config = crate::config::parse(&text, &[]).unwrap();
+        let (mut learner, mut comm) = (Learner::new(&config, 1, 1).unwrap(), Solo::default());
+        let step = |learner: &mut Learner, comm: &mut Solo, level, step: u64| {
+            let target = Target { level, coset: 0 };
+            learner.step(comm, target, 4 * step, 1e-2).unwrap().loss
+        };
+        learner.descend(&mut comm, Side::Main, 1, 0).unwrap();
+        let mut losses: Vec<f64> = (0..3).map(|n| step(&mut learner, &mut comm, 1, n)).collect();
+        losses.push(learner.evaluate(&mut comm).unwrap());
+        learner.ascend(Side::Main, 0).unwrap();
+        losses.extend((3..5).map(|n| step(&mut learner, &mut comm, 0, n)));
+        losses.push(learner.evaluate(&mut comm).unwrap());
+        losses
+    }
+
+    /// In bf16 a net learns as in f32, on the GPU that is emulated, but it does not compute the same.
+    #[test]
+    fn bf16_learns_as_f32_does() {
+        let (Some(exact), Some(rounded)) = (emulate::run(|| losses("f32")), emulate::run(|| losses("bf16"))) else {
+            return;
+        };
+        assert!(exact[0] > exact[6] + 0.2, "{exact:?}");
+        for (step, (exact, rounded)) in exact.iter().zip(&rounded).enumerate() {
+            let error = (exact - rounded).abs();
+            assert!(error > 0.0 && error < 0.05, "{step}: {exact} in f32, {rounded} in bf16");
+        }
+    }
+
+    #[test]
+    fn a_cpu_refuses_bf16() {
+        let config = crate::config::parse("[data]\ndir = 'x'\n[model]\ndtype = 'bf16'", &[]).unwrap();
+        let refused = device(&config).unwrap_err().to_string();
+        assert!(refused.starts_with("model.dtype = \"bf16\" needs a GPU"), "{refused}");
     }
 }

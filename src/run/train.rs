@@ -108,14 +108,14 @@ impl Trainer {
         let places = Places::new(&config, &Spec::new(&config), comm.size())?;
         let learner = Learner::new(&config, places.smallest_group(&progress.plan), comm.size());
         let mut learner = agree(comm, learner)?;
-        refuse_shared_gpus(comm, learner.hierarchy.ends(0).theta.device())?;
+        refuse_shared_gpus(comm, learner.device())?;
         let resumed = newest_checkpoint(&options.run_dir, options.resume, comm)?;
         if let Some(checkpoint) = &resumed {
             let restored = restore(checkpoint, &config, &mut learner, &mut progress);
             agree(comm, restored)?;
         }
+        let peak_flops = environment::gemm_peak(comm, learner.device(), learner.spec().dtype)?;
         let executor = Executor::new(comm, learner, places, &progress.plan)?;
-        let peak_flops = environment::gemm_peak(comm)?;
         let hosts = environment::hosts(comm)?;
         let root = if is_root {
             directory.add_provenance(environment::provenance(hosts, options.threads, peak_flops, &config.data.dir))?;

@@ -81,7 +81,7 @@ fn agreed_max(comm: &mut dyn Communicator, value: f64) -> Result<f64> {
 /// FLOP/s of the forward and backward pass, and bytes/s of the update, of the median step; the slowest rank's.
 fn speed(subject: &mut Subject, comm: &mut dyn Communicator, times: u32) -> Result<(f64, f64)> {
     subject.warm_up(FINE)?;
-    profile::enable(true);
+    profile::enable(subject.learner.device());
     let (mut passes, mut updates) = (Vec::new(), Vec::new());
     for _ in 0..times {
         comm.barrier()?;
@@ -96,7 +96,7 @@ fn speed(subject: &mut Subject, comm: &mut dyn Communicator, times: u32) -> Resu
         passes.push(agreed_max(comm, step_s - update_s)?);
         updates.push(agreed_max(comm, update_s)?);
     }
-    profile::enable(false);
+    profile::disable();
     let spec = subject.learner.spec();
     let moments = optim::new(&subject.config.optimizer).moments().len();
     let parameters = spec.depth * Layout::block(spec).len() + Layout::ends(spec).len();

@@ -12,7 +12,7 @@ use crate::comm::{Solo, World};
 use crate::config::{self, Config};
 use crate::cycle::level_flops;
 use crate::error::{Context, Outcome, Result};
-use crate::run::{Learner, Target};
+use crate::run::{self, Learner, Target};
 use std::io::Write;
 use std::path::Path;
 use std::time::Instant;
@@ -94,12 +94,19 @@ impl Subject {
         let start = Instant::now();
         let (first, lr) = (self.steps * self.config.data.batch as u64, self.config.optimizer.lr);
         self.learner.step(&mut self.comm, target, first, lr)?;
+        // A GPU's ops return before their work is done.
+        self.learner.device().synchronize()?;
         self.steps += 1;
         Ok(start.elapsed().as_secs_f64())
     }
 
     fn warm_up(&mut self, target: Target) -> Result<()> {
         (0..WARM_UP).try_for_each(|_| self.step(target).map(drop))
+    }
+
+    /// FLOP/s that products reach on the device of the net.
+    fn gemm_peak(&mut self) -> Result<f64> {
+        run::gemm_peak(&mut self.comm, self.learner.device(), self.learner.spec().dtype)
     }
 
     /// Model FLOPs of a step on the fine net.

@@ -4,7 +4,6 @@ use super::breakdown::{Part, breakdown};
 use super::{Common, FINE, PAPER, Subject, configure, memory, milliseconds};
 use crate::cli::plan::RankMemory;
 use crate::cli::text::{bytes, percent, table};
-use crate::comm::Solo;
 use crate::cycle::tokens_per_step;
 use crate::error::{Context, Outcome, Result};
 use crate::ops::profile::{self, Entry};
@@ -90,19 +89,19 @@ impl Trial {
     }
 
     fn report(&mut self, steps: usize) -> Result<Report> {
-        profile::enable(true);
+        profile::enable(self.subject.learner.device());
         let mut profiles = Vec::new();
         for _ in 0..steps {
             profile::take();
             let seconds = self.subject.step(FINE)?;
             profiles.push((seconds, profile::take()));
         }
-        profile::enable(false);
+        profile::disable();
         profiles.sort_by(|(a, _), (b, _)| a.total_cmp(b));
         let (step_s, ops) = profiles.swap_remove(steps / 2);
         let memory = self.memory()?;
+        let gemm_peak_flops = self.subject.gemm_peak()?;
         let Subject { config, learner, .. } = &self.subject;
-        let gemm_peak_flops = run::gemm_peak(&mut Solo::default())?;
         let flops_per_s = self.subject.flops() / step_s;
         Ok(Report {
             step_s,
@@ -137,7 +136,7 @@ impl Trial {
             let steps = line.trim().parse::<usize>().ok();
             let steps = steps.with_context(|| format!("--serve reads a number of steps a line, not {line:?}"))?;
             let step_s = (0..steps).map(|_| self.subject.step(FINE)).collect::<Result<Vec<_>>>()?;
-            println!("{}", json!({ "step_s": step_s, "gemm_peak_flops": run::gemm_peak(&mut Solo::default())? }));
+            println!("{}", json!({ "step_s": step_s, "gemm_peak_flops": self.subject.gemm_peak()? }));
         }
         Ok(())
     }

@@ -57,7 +57,12 @@ const ALIGNMENT: usize = 256;
 impl Gpu {
     /// `None` for a tensor that the CPU works on.
     pub fn of(tensor: &Tensor) -> Option<Gpu> {
-        match tensor.device() {
+        Gpu::on(tensor.device())
+    }
+
+    /// `None` where the CPU works.
+    pub fn on(device: &Device) -> Option<Gpu> {
+        match device {
             #[cfg(feature = "cuda")]
             Device::Cuda(device) => Some(Gpu { machine: Machine::Device(device.clone()) }),
             #[cfg(test)]
