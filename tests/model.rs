@@ -24,6 +24,7 @@ fn small(integrator: Integrator) -> Spec {
         tied: true,
         init_std: 0.02,
         recompute: false,
+        dtype: DType::F32,
     }
 }
 
