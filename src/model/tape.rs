@@ -77,9 +77,9 @@ pub(super) struct Extent {
     chunk: usize,
 }
 
-/// At most this many logits are held (64 MiB in f32), in chunks of equal size. Smaller chunks pass more often over the
+/// At most this many logits are held (128 MiB in f32), in chunks of equal size. Smaller chunks pass more often over the
 /// gradient of the head.
-const MAX_LOGITS: usize = 16 << 20;
+const MAX_LOGITS: usize = 32 << 20;
 
 impl Extent {
     pub fn new(spec: &Spec, rows: usize, sequences: usize) -> Extent {
@@ -242,7 +242,7 @@ mod tests {
             Extent::new(&spec, 1, sequences).chunk
         };
         assert_eq!(chunk(257, 4), 1024);
-        assert_eq!(chunk(50_257, 4), 256);
+        assert_eq!(chunk(50_257, 4), 512);
         assert_eq!(chunk(usize::MAX / 2, 1), 1);
     }
 }
