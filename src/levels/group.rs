@@ -1,6 +1,6 @@
 use super::transfer::Matrix;
 use crate::error::Result;
-use crate::model::Layout;
+use crate::model::{Division, Layout, Shard};
 use candle_core::Tensor;
 
 /// Parameters with all that training keeps for them: R rows of P elements.
@@ -11,7 +11,9 @@ pub struct Group {
     pub theta: Tensor,
     /// ∂L/∂θ [R, P].
     pub grad: Tensor,
-    /// Optimizer moments, each [R, P].
+    /// The columns whose moments this rank keeps, S of the P.
+    pub shard: Shard,
+    /// Optimizer moments, each [R, S].
     pub moments: Vec<Tensor>,
     /// Optimizer updates that each row's moments have seen (Adam's bias correction); moves with the rows.
     pub updates: Vec<u64>,
@@ -19,10 +21,17 @@ pub struct Group {
 
 impl Group {
     /// `moments` moments of zeros for `theta` [R, P], which stays the storage of the parameters.
-    pub fn new(layout: Layout, theta: Tensor, grad: Tensor, moments: usize) -> Result<Group> {
-        let moments = (0..moments).map(|_| theta.zeros_like()).collect::<candle_core::Result<_>>()?;
-        let updates = vec![0; theta.dim(0)?];
-        Ok(Group { layout, theta, grad, moments, updates })
+    pub fn new(layout: Layout, division: Division, theta: Tensor, grad: Tensor, moments: usize) -> Result<Group> {
+        let (shard, rows) = (Shard::new(&layout, division), theta.dim(0)?);
+        let moment = |_| Tensor::zeros((rows, shard.columns.len()), theta.dtype(), theta.device());
+        let moments = (0..moments).map(moment).collect::<candle_core::Result<_>>()?;
+        Ok(Group { layout, shard, theta, grad, moments, updates: vec![0; rows] })
+    }
+
+    /// ∂L/∂θ of one row [1, S]: the columns that this rank updates.
+    pub fn own_gradient(&self, row: usize) -> Result<Tensor> {
+        let columns = &self.shard.columns;
+        Ok(self.grad.narrow(0, row, 1)?.narrow(1, columns.start, columns.len())?)
     }
 
     /// m = 0 for every moment and row (=), as if no update had been made.

@@ -1,10 +1,10 @@
 //! The gradient of the mean loss over global batches, summed over ranks.
 
-use crate::comm::{Buckets, Communicator};
+use crate::comm::{Buckets, Communicator, Exchange};
 use crate::config::Config;
 use crate::data::{Batch, Dataset, Sampler, Split, share};
 use crate::error::{Result, ensure};
-use crate::levels::Hierarchy;
+use crate::levels::{Group, Hierarchy};
 use crate::model::{Net, Params, Ready, Spec};
 use crate::ops::{access, norm};
 use candle_core::{DType, Device};
@@ -22,7 +22,8 @@ pub struct Differentiator {
     net: Net,
     sampler: Sampler,
     batch: Batch,
-    buckets: Buckets,
+    sums: Buckets,
+    scattered: Buckets,
     /// T
     context: usize,
     /// Sequences that are differentiated at once.
@@ -38,6 +39,14 @@ pub enum Ends {
     Start,
     /// += this rank's part.
     Add,
+}
+
+/// Which ranks get the sum of a gradient.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Receivers {
+    All,
+    /// Each rank the columns that it updates: all of them, unless optimizer state is sharded.
+    Owners,
 }
 
 impl Differentiator {
@@ -61,7 +70,8 @@ impl Differentiator {
             net: Net::new(spec, spec.depth, micro_batch, DType::F32, device)?,
             sampler: Sampler::new(&dataset, config.data.context, config.run.seed)?,
             batch: Batch::default(),
-            buckets: Buckets::default(),
+            sums: Buckets::default(),
+            scattered: Buckets::new(Exchange::Scatter),
             context: config.data.context,
             micro_batch,
         })
@@ -72,8 +82,9 @@ impl Differentiator {
         &self.sampler
     }
 
-    /// grad = ∂L/∂θ of the target (=), L the mean loss over `sequences` sequences from `first` on, at least one for each
-    /// rank of `comm`; returns this rank's share of L, in nats a token. Collective.
+    /// grad = ∂L/∂θ of the target (=), on the `receivers`; L is the mean loss over `sequences` sequences from `first` on, at least
+    /// one for each rank of `comm`. Returns this rank's share of L, in nats a token. Collective.
+    #[allow(clippy::too_many_arguments)]
     pub fn gradient(
         &mut self,
         comm: &mut dyn Communicator,
@@ -82,11 +93,13 @@ impl Differentiator {
         first: u64,
         sequences: usize,
         ends: Ends,
+        receivers: Receivers,
     ) -> Result<f64> {
         zero_gradient(hierarchy, target, ends != Ends::Add)?;
         let share = share(sequences, comm.rank(), comm.size());
         let scale = 1.0 / (sequences * self.context) as f64;
-        let Differentiator { net, sampler, batch, buckets, micro_batch, .. } = self;
+        let Differentiator { net, sampler, batch, sums, scattered, micro_batch, .. } = self;
+        let mut sum = Sum::new(hierarchy, receivers, sums, scattered);
         let (params, grads) =
             (hierarchy.params(target.level, target.coset), hierarchy.grads(target.level, target.coset));
         let mut loss = 0.0;
@@ -97,31 +110,27 @@ impl Differentiator {
                 (false, _) => Ok(()),
                 (true, Ready::Block(n)) => {
                     let row = hierarchy.row_indices(target.level, target.coset)[n];
-                    buckets.add(comm, &hierarchy.group(target.level).grad, row)
+                    sum.add(comm, hierarchy.group(target.level), row)
                 }
-                (true, Ready::Ends) if ends == Ends::Sum => buckets.add(comm, &hierarchy.ends(target.level).grad, 0),
+                (true, Ready::Ends) if ends == Ends::Sum => sum.add(comm, hierarchy.ends(target.level), 0),
                 (true, Ready::Ends) => Ok(()),
             };
             loss += scale * net.loss_and_gradient(params, grads, &batch.tokens, &batch.targets, scale, &mut ready)?;
         }
-        buckets.finish(comm)?;
+        sum.buckets.finish(comm)?;
         Ok(loss)
     }
 
-    /// The ends' gradient on `level` = its sum over all ranks of `comm`. Collective.
+    /// The ends' gradient on `level` = its sum over all ranks of `comm`, on those that update it. Collective.
     pub fn share_ends(&mut self, comm: &mut dyn Communicator, hierarchy: &Hierarchy, level: usize) -> Result<()> {
-        self.buckets.add(comm, &hierarchy.ends(level).grad, 0)?;
-        self.buckets.finish(comm)
+        let mut sum = Sum::new(hierarchy, Receivers::Owners, &mut self.sums, &mut self.scattered);
+        sum.add(comm, hierarchy.ends(level), 0)?;
+        sum.buckets.finish(comm)
     }
 
     /// Sequences of the training data in one epoch.
     pub fn epoch(&self) -> u64 {
         self.sampler.windows()
-    }
-
-    /// Seconds that reductions have kept this rank waiting so far.
-    pub fn exposed_seconds(&self) -> f64 {
-        self.buckets.exposed_seconds()
     }
 
     /// Σ over tokens of the cross-entropy of the sequences `range` of `sampler`, forward only.
@@ -135,6 +144,26 @@ impl Differentiator {
     }
 }
 
+/// The sum of gradients over ranks.
+struct Sum<'a> {
+    buckets: &'a mut Buckets,
+    scatters: bool,
+}
+
+impl<'a> Sum<'a> {
+    fn new(hierarchy: &Hierarchy, receivers: Receivers, sums: &'a mut Buckets, scattered: &'a mut Buckets) -> Sum<'a> {
+        let scatters = receivers == Receivers::Owners && hierarchy.is_sharded();
+        Sum { buckets: if scatters { scattered } else { sums }, scatters }
+    }
+
+    /// The gradient of one row, which is final.
+    fn add(&mut self, comm: &mut dyn Communicator, group: &Group, row: usize) -> Result<()> {
+        let whole = [0..group.layout.len()];
+        let parts = if self.scatters { &group.shard.ranks[..] } else { &whole };
+        self.buckets.add(comm, &group.grad, row, parts)
+    }
+}
+
 /// Sequences that the rank with the largest share differentiates at once, if `ranks` share a global batch.
 pub fn micro_batch(config: &Config, ranks: usize) -> usize {
     let (_, largest) = config.batches();
@@ -145,20 +174,25 @@ pub fn micro_batch(config: &Config, ranks: usize) -> usize {
     }
 }
 
-/// ‖∂L/∂θ‖² of the target and the ends, from reduced gradients: the same on every rank of the group.
+/// ‖∂L/∂θ‖² of the target and the ends, from summed gradients: the same on every rank of the group or, where each updates some
+/// columns only, of those.
 pub fn square_of_gradient(hierarchy: &Hierarchy, target: Target) -> Result<f64> {
-    add_squares(norm::sum_of_squares(&hierarchy.ends(target.level).grad)?, hierarchy, target)
+    add_squares(square_of_ends(hierarchy, target.level)?, hierarchy, target)
 }
 
-/// ‖∂L/∂θ‖² of the target's rows alone.
+/// The same of the ends alone.
+pub fn square_of_ends(hierarchy: &Hierarchy, level: usize) -> Result<f64> {
+    norm::sum_of_squares(&hierarchy.ends(level).own_gradient(0)?)
+}
+
+/// The same of the target's rows alone.
 pub fn square_of_rows(hierarchy: &Hierarchy, target: Target) -> Result<f64> {
     add_squares(0.0, hierarchy, target)
 }
 
 fn add_squares(mut sum: f64, hierarchy: &Hierarchy, target: Target) -> Result<f64> {
-    let grad = &hierarchy.group(target.level).grad;
     for &row in hierarchy.row_indices(target.level, target.coset) {
-        sum += norm::sum_of_squares(&grad.narrow(0, row, 1)?)?;
+        sum += norm::sum_of_squares(&hierarchy.group(target.level).own_gradient(row)?)?;
     }
     Ok(sum)
 }

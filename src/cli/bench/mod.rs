@@ -13,7 +13,7 @@ use crate::config::{self, Config};
 use crate::cycle::tokens_per_step;
 use crate::error::{Context, Outcome, Result};
 use crate::model::step_flops;
-use crate::run::{Learner, Target};
+use crate::run::{self, Learner, Target};
 use std::io::Write;
 use std::path::Path;
 use std::time::Instant;
@@ -86,7 +86,7 @@ struct Subject {
 impl Subject {
     /// What [`configure`] has prepared.
     fn new((config, folder): (Config, TempDir)) -> Result<Subject> {
-        let learner = Learner::new(&config, 1, 1)?;
+        let learner = Learner::new(&config, &run::device(&config)?, 1, 0, 1)?;
         Ok(Subject { config, learner, comm: Solo::default(), steps: 0, _folder: folder })
     }
 
