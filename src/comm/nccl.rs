@@ -184,11 +184,11 @@ impl Nccl {
         ensure!(!self.broken.get(), "a group of GPUs is used after an error");
         let name = exchange.describe(parts.iter().flatten().map(Tensor::elem_count).sum());
         self.bind()?;
-        let Streams { device, exchanges, .. } = &*self.gpu;
-        let computed = device.cuda_stream().record_event(None).map_err(driver_error)?;
-        exchanges.wait(&computed).map_err(driver_error)?;
+        let gpu = self.gpu.clone();
+        let computed = gpu.device.cuda_stream().record_event(None).map_err(driver_error)?;
+        gpu.exchanges.wait(&computed).map_err(driver_error)?;
         self.launch(exchange, &parts, &name)?;
-        let done = exchanges.record_event(None).map_err(driver_error)?;
+        let done = gpu.exchanges.record_event(None).map_err(driver_error)?;
         Ok(Flight::Gpu { done, name, _tensors: parts })
     }
 }

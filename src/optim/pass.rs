@@ -164,6 +164,9 @@ impl Step<'_> {
     /// Applies `rule` to every segment of every row.
     pub fn apply<const N: usize>(&self, rule: &impl Rule<N>) -> Result<()> {
         let _time = profile::time("optimizer");
+        if self.shard.columns.is_empty() {
+            return Ok(());
+        }
         on_device!(rule_name(rule), self.theta, gpu => self.launch(&gpu, rule), T => self.apply_as::<T, N>(rule))
     }
 
@@ -174,7 +177,7 @@ impl Step<'_> {
         ensure!(self.theta.dtype() == DType::F32, "{name}: a GPU updates f32, not {:?}", self.theta.dtype());
         let Shard { layout, columns, .. } = self.shard;
         let (width, kept) = (self.shard.width(), columns.len());
-        for (&row, &updates) in self.rows.iter().zip(self.updates).filter(|_| kept > 0) {
+        for (&row, &updates) in self.rows.iter().zip(self.updates) {
             let place = |tensor: &Tensor, element: usize| -> Result<Address> {
                 Ok(gpu.at(tensor)?.offset(element * size_of::<f32>()))
             };
@@ -218,8 +221,8 @@ impl Step<'_> {
             });
         };
         let width = self.shard.width();
-        let mut tensors = written.map(|tensor| tensor.chunks_exact_mut((tensor.len() / height).max(1)));
-        let rows = (0..height).filter(|_| !columns.is_empty()).map(|row| {
+        let mut tensors = written.map(|tensor| tensor.chunks_exact_mut(tensor.len() / height));
+        let rows = (0..height).map(|row| {
             let grad = &grad[row * width..][columns.clone()];
             let written = tensors.each_mut().map(|rows| {
                 let row = rows.next().expect("a row of each tensor");

@@ -182,7 +182,7 @@ pub fn square_of_gradient(hierarchy: &Hierarchy, target: Target) -> Result<f64> 
 
 /// The same of the ends alone.
 pub fn square_of_ends(hierarchy: &Hierarchy, level: usize) -> Result<f64> {
-    norm::sum_of_squares(&hierarchy.ends(level).own_gradient(0)?)
+    square_of_row(hierarchy.ends(level), 0)
 }
 
 /// The same of the target's rows alone.
@@ -192,9 +192,13 @@ pub fn square_of_rows(hierarchy: &Hierarchy, target: Target) -> Result<f64> {
 
 fn add_squares(mut sum: f64, hierarchy: &Hierarchy, target: Target) -> Result<f64> {
     for &row in hierarchy.row_indices(target.level, target.coset) {
-        sum += norm::sum_of_squares(&hierarchy.group(target.level).own_gradient(row)?)?;
+        sum += square_of_row(hierarchy.group(target.level), row)?;
     }
     Ok(sum)
+}
+
+fn square_of_row(group: &Group, row: usize) -> Result<f64> {
+    if group.shard.columns.is_empty() { Ok(0.0) } else { norm::sum_of_squares(&group.own_gradient(row)?) }
 }
 
 /// grad = 0 of the target and, if `ends`, of the ends.

@@ -3,20 +3,24 @@
 use crate::comm::{Communicator, Exchange};
 use crate::error::Result;
 use crate::model::Shard;
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
+use std::ops::Range;
 
-/// The whole [R, P] of which every rank has `own` [R, S], on rank 0; `None` on the others. Row by row, so that they need room for
-/// one. Collective.
+/// The whole [R, P] of which every rank has `own` [R, S], on rank 0 and in host memory; `None` on the others. Row by row, so that
+/// they need room for one. Collective.
 pub fn join(comm: &mut dyn Communicator, shard: &Shard, own: &Tensor) -> Result<Option<Tensor>> {
     let (rows, _) = own.dims2()?;
     let is_root = comm.rank() == 0;
-    let whole = Tensor::zeros((if is_root { rows } else { 1 }, shard.width()), own.dtype(), own.device())?;
+    let whole = Tensor::zeros((if is_root { rows } else { 1 }, shard.width()), own.dtype(), &Device::Cpu)?;
     for row in 0..rows {
         let to = whole.narrow(0, if is_root { row } else { 0 }, 1)?;
         if !shard.columns.is_empty() {
-            to.slice_set(&own.narrow(0, row, 1)?, 1, shard.columns.start)?;
+            to.slice_set(&own.narrow(0, row, 1)?.to_device(&Device::Cpu)?, 1, shard.columns.start)?;
         }
-        let part = |columns: &std::ops::Range<usize>| Ok(vec![to.narrow(1, columns.start, columns.len())?]);
+        let part = |columns: &Range<usize>| match columns.is_empty() {
+            true => Ok(Vec::new()),
+            false => Ok(vec![to.narrow(1, columns.start, columns.len())?]),
+        };
         let parts = shard.ranks.iter().map(part).collect::<Result<_>>()?;
         let ticket = comm.start(Exchange::Gather, parts)?;
         comm.wait(ticket)?;
@@ -40,7 +44,6 @@ mod tests {
     use super::*;
     use crate::comm::thread;
     use crate::model::{Division, Layout, Spec};
-    use candle_core::Device;
 
     #[test]
     fn what_ranks_take_they_join() {
