@@ -20,7 +20,7 @@ prepare() {
     cp "$binary" "$folder/check"
     strip --strip-debug "$folder/check"
     # What the machine with the GPU may lack; CUDA's libraries and the C library are its own.
-    ldd "$binary" | awk '/=> \// {print $3}' | grep -E 'hdf5|libsz|libaec|libcurl' | xargs -r -I{} cp -L {} "$folder/lib/"
+    LD_LIBRARY_PATH="${CUDA_HOME:+$CUDA_HOME/lib}" ldd "$binary" | awk '/=> \// {print $3}' | grep -E 'hdf5|libsz|libaec|libcurl|nccl' | xargs -r -I{} cp -L {} "$folder/lib/"
     echo "$folder is ready: $(du -sh "$folder" | cut -f 1)"
 }
 

@@ -164,9 +164,9 @@ fn gradients_are_summed_in_buckets(comm: &mut dyn Communicator) {
     let (blocks, ends) = (gradient(4, 100_000), gradient(1, 300_000));
     let mut buckets = Buckets::default();
     for row in (0..4).rev() {
-        buckets.add(comm, &blocks, row, &[0..100_000]).unwrap();
+        buckets.add(comm, &blocks, row, &[]).unwrap();
     }
-    buckets.add(comm, &ends, 0, &[0..300_000]).unwrap();
+    buckets.add(comm, &ends, 0, &[]).unwrap();
     buckets.finish(comm).unwrap();
     for sums in [blocks, ends] {
         let sums: Vec<f32> = sums.flatten_all().unwrap().to_vec1().unwrap();

@@ -51,8 +51,8 @@ impl Buckets {
     }
 
     /// Adds row `row` of `tensor` [R, P], which nobody touches again before [`Buckets::finish`], to what is exchanged over
-    /// `comm`; `parts` are the columns of each part (of a sum, any that cover the row). Every rank adds the same rows in the
-    /// same order. Does nothing with one rank.
+    /// `comm`; `parts` are the columns of each rank, of which a sum takes no notice. Every rank adds the same rows in the same
+    /// order. Does nothing with one rank.
     pub fn add(
         &mut self,
         comm: &mut dyn Communicator,
@@ -65,6 +65,8 @@ impl Buckets {
         }
         let (rows, width) = tensor.dims2()?;
         ensure!(row < rows, "row {row} of a tensor of {rows} rows");
+        let whole = 0..width;
+        let parts = if self.exchange == Exchange::Sum { std::slice::from_ref(&whole) } else { parts };
         // Decided by lengths alone, which are the same on all ranks.
         if !self.open.takes(width) {
             self.send(comm)?;
@@ -150,9 +152,9 @@ mod tests {
                 let mut buckets = Buckets::default();
                 for step in 1..=2 {
                     for row in [4, 2, 0] {
-                        buckets.add(comm, &blocks, row, &[0..width]).unwrap();
+                        buckets.add(comm, &blocks, row, &[]).unwrap();
                     }
-                    buckets.add(comm, &ends, 0, &[0..2 * width]).unwrap();
+                    buckets.add(comm, &ends, 0, &[]).unwrap();
                     buckets.finish(comm).unwrap();
                     assert_eq!(buckets.sent.len(), 0, "step {step}");
                 }
@@ -185,7 +187,7 @@ mod tests {
                     [3, 0, 1].into_iter().for_each(|row| buckets.add(comm, tensor, row, parts).unwrap());
                     buckets.finish(comm).unwrap();
                 };
-                exchange(Exchange::Sum, &summed, &[0..width]);
+                exchange(Exchange::Sum, &summed, &[]);
                 exchange(Exchange::Scatter, &shared, &parts);
                 exchange(Exchange::Gather, &shared, &parts);
                 assert_eq!(values(&summed), values(&shared));
@@ -245,8 +247,8 @@ mod tests {
             let (blocks, ends) = (filled(rows, width, 1.0), filled(1, ends, 1.0));
             let mut comm = Counting { inner: Solo::default(), started: Vec::new() };
             let mut buckets = Buckets::default();
-            (0..rows).rev().for_each(|row| buckets.add(&mut comm, &blocks, row, &[0..width]).unwrap());
-            buckets.add(&mut comm, &ends, 0, &[0..ends.elem_count()]).unwrap();
+            (0..rows).rev().for_each(|row| buckets.add(&mut comm, &blocks, row, &[]).unwrap());
+            buckets.add(&mut comm, &ends, 0, &[]).unwrap();
             buckets.finish(&mut comm).unwrap();
             let widths: Vec<usize> = vec![width; rows].into_iter().chain([ends.elem_count()]).collect();
             let cut: Vec<usize> = Buckets::cut(&widths).into_iter().map(|(_, values)| values).collect();
@@ -257,7 +259,7 @@ mod tests {
     #[test]
     fn one_rank_has_nothing_to_do() {
         let (gradient, mut buckets) = (filled(2, 3, 1.5), Buckets::default());
-        buckets.add(&mut Solo::default(), &gradient, 1, &[0..3]).unwrap();
+        buckets.add(&mut Solo::default(), &gradient, 1, &[]).unwrap();
         assert!(buckets.sent.is_empty() && buckets.open.values == 0);
         buckets.finish(&mut Solo::default()).unwrap();
         assert_eq!(values(&gradient), [1.5; 6]);

@@ -373,8 +373,13 @@ mod tests {
 
     /// Runs `law` on threads of this process, a rank each.
     fn on_threads(law: impl Fn(&mut Nccl) + Sync) {
-        if cuda::visible() == 1 && std::env::var_os("NCCL_MULTI_RANK_GPU_ENABLE").is_none() {
-            println!("NCCL  2 ranks as threads: skipped, one GPU and no NCCL_MULTI_RANK_GPU_ENABLE");
+        let mut version = 0;
+        assert_eq!(unsafe { sys::ncclGetVersion(&mut version) }, ncclResult_t::ncclSuccess);
+        let shares = version >= 23000 && std::env::var_os("NCCL_MULTI_RANK_GPU_ENABLE").is_some();
+        if cuda::visible() == 1 && !shares {
+            println!(
+                "NCCL  2 ranks as threads: skipped: one GPU needs NCCL 2.30 (this is {version}) and NCCL_MULTI_RANK_GPU_ENABLE"
+            );
             return;
         }
         thread::run(2, |comm| {

@@ -99,7 +99,10 @@ impl Differentiator {
         let share = share(sequences, comm.rank(), comm.size());
         let scale = 1.0 / (sequences * self.context) as f64;
         let Differentiator { net, sampler, batch, sums, scattered, micro_batch, .. } = self;
-        let mut sum = Sum::new(hierarchy, receivers, sums, scattered);
+        let buckets = match receivers {
+            Receivers::Owners if hierarchy.is_sharded() => scattered,
+            _ => sums,
+        };
         let (params, grads) =
             (hierarchy.params(target.level, target.coset), hierarchy.grads(target.level, target.coset));
         let mut loss = 0.0;
@@ -110,22 +113,22 @@ impl Differentiator {
                 (false, _) => Ok(()),
                 (true, Ready::Block(n)) => {
                     let row = hierarchy.row_indices(target.level, target.coset)[n];
-                    sum.add(comm, hierarchy.group(target.level), row)
+                    add(buckets, comm, hierarchy.group(target.level), row)
                 }
-                (true, Ready::Ends) if ends == Ends::Sum => sum.add(comm, hierarchy.ends(target.level), 0),
+                (true, Ready::Ends) if ends == Ends::Sum => add(buckets, comm, hierarchy.ends(target.level), 0),
                 (true, Ready::Ends) => Ok(()),
             };
             loss += scale * net.loss_and_gradient(params, grads, &batch.tokens, &batch.targets, scale, &mut ready)?;
         }
-        sum.buckets.finish(comm)?;
+        buckets.finish(comm)?;
         Ok(loss)
     }
 
     /// The ends' gradient on `level` = its sum over all ranks of `comm`, on those that update it. Collective.
     pub fn share_ends(&mut self, comm: &mut dyn Communicator, hierarchy: &Hierarchy, level: usize) -> Result<()> {
-        let mut sum = Sum::new(hierarchy, Receivers::Owners, &mut self.sums, &mut self.scattered);
-        sum.add(comm, hierarchy.ends(level), 0)?;
-        sum.buckets.finish(comm)
+        let buckets = if hierarchy.is_sharded() { &mut self.scattered } else { &mut self.sums };
+        add(buckets, comm, hierarchy.ends(level), 0)?;
+        buckets.finish(comm)
     }
 
     /// Sequences of the training data in one epoch.
@@ -144,24 +147,9 @@ impl Differentiator {
     }
 }
 
-/// The sum of gradients over ranks.
-struct Sum<'a> {
-    buckets: &'a mut Buckets,
-    scatters: bool,
-}
-
-impl<'a> Sum<'a> {
-    fn new(hierarchy: &Hierarchy, receivers: Receivers, sums: &'a mut Buckets, scattered: &'a mut Buckets) -> Sum<'a> {
-        let scatters = receivers == Receivers::Owners && hierarchy.is_sharded();
-        Sum { buckets: if scatters { scattered } else { sums }, scatters }
-    }
-
-    /// The gradient of one row, which is final.
-    fn add(&mut self, comm: &mut dyn Communicator, group: &Group, row: usize) -> Result<()> {
-        let whole = [0..group.layout.len()];
-        let parts = if self.scatters { &group.shard.ranks[..] } else { &whole };
-        self.buckets.add(comm, &group.grad, row, parts)
-    }
+/// The gradient of one row is final.
+fn add(buckets: &mut Buckets, comm: &mut dyn Communicator, group: &Group, row: usize) -> Result<()> {
+    buckets.add(comm, &group.grad, row, &group.shard.ranks)
 }
 
 /// Sequences that the rank with the largest share differentiates at once, if `ranks` share a global batch.
