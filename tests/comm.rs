@@ -6,16 +6,35 @@
 use candle_core::{Device, Tensor};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
-use vcycle::comm::{Buckets, Communicator, Reduction, Solo, World, agree, thread, told_to_end};
+use vcycle::comm::{Buckets, Communicator, Exchange, Reduction, Solo, Ticket, World, agree, thread, told_to_end};
 use vcycle::error::{Outcome, Result, anyhow, bail};
 
 const SCENARIO: &str = "VCYCLE_TEST_SCENARIO";
+
+fn tensor(values: impl Iterator<Item = f32>) -> Tensor {
+    let values: Vec<f32> = values.collect();
+    let len = values.len();
+    Tensor::from_vec(values, len, &Device::Cpu).unwrap()
+}
+
+fn ones(len: usize) -> Tensor {
+    tensor((0..len).map(|_| 1.0))
+}
+
+fn values(x: &Tensor) -> Vec<f32> {
+    x.to_vec1().unwrap()
+}
+
+fn start_sum(comm: &mut dyn Communicator, data: &Tensor) -> Result<Ticket> {
+    comm.start(Exchange::Sum, vec![vec![data.clone()]])
+}
 
 // Laws
 
 fn laws(comm: &mut dyn Communicator) {
     sums_finish_in_any_order(comm);
     all_ranks_get_the_same_bits(comm);
+    sums_are_scattered_and_parts_gathered(comm);
     small_reductions(comm);
     broadcasts_replace_content_and_length(comm);
     groups_work_by_themselves(comm);
@@ -29,13 +48,12 @@ fn sums_finish_in_any_order(comm: &mut dyn Communicator) {
     let (rank, size) = (comm.rank() as f32, comm.size() as f32);
     let lengths = [0, 1, 3, 1000, 70_000];
     for order in [[0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 4, 0, 3, 1]] {
-        let start = |&len: &usize| comm.start_sum((0..len).map(|i| rank + i as f32).collect()).unwrap();
-        let tickets: Vec<_> = lengths.iter().map(start).collect();
+        let data = lengths.map(|len| tensor((0..len).map(|i| rank + i as f32)));
+        let tickets = data.each_ref().map(|data| start_sum(comm, data).unwrap());
         comm.progress().unwrap();
         for i in order {
-            let sums = comm.wait(tickets[i]).unwrap();
-            assert_eq!(sums.len(), lengths[i]);
-            for (i, sum) in sums.into_iter().enumerate() {
+            comm.wait(tickets[i]).unwrap();
+            for (i, sum) in values(&data[i]).into_iter().enumerate() {
                 assert_eq!(sum, size * i as f32 + size * (size - 1.0) / 2.0);
             }
         }
@@ -46,8 +64,10 @@ fn sums_finish_in_any_order(comm: &mut dyn Communicator) {
 fn all_ranks_get_the_same_bits(comm: &mut dyn Communicator) {
     let rank = comm.rank() as f32;
     let mut sum = || {
-        let ticket = comm.start_sum((0..5000).map(|i| (i as f32 * 0.37 + rank).sin() * 1e3).collect()).unwrap();
-        comm.wait(ticket).unwrap()
+        let data = tensor((0..5000).map(|i| (i as f32 * 0.37 + rank).sin() * 1e3));
+        let ticket = start_sum(comm, &data).unwrap();
+        comm.wait(ticket).unwrap();
+        values(&data)
     };
     let (mine, again) = (sum(), sum());
     assert_eq!(mine, again);
@@ -55,6 +75,28 @@ fn all_ranks_get_the_same_bits(comm: &mut dyn Communicator) {
     let own = bytes.clone();
     comm.broadcast(&mut bytes, 0).unwrap();
     assert_eq!(bytes, own);
+}
+
+/// Two tensors a part, ragged: part r has r and 3 elements, and is rank r's.
+fn sums_are_scattered_and_parts_gathered(comm: &mut dyn Communicator) {
+    let (rank, size) = (comm.rank(), comm.size());
+    let parts = |value: &dyn Fn(usize) -> f32| -> Vec<Vec<Tensor>> {
+        (0..size).map(|part| [part, 3].map(|len| tensor((0..len).map(|_| value(part)))).into()).collect()
+    };
+    let all = |part: &[Tensor], expected: f32| {
+        let found: Vec<f32> = part.iter().flat_map(values).collect();
+        assert!(found.iter().all(|&x| x == expected), "rank {rank}: {found:?} for {expected}");
+    };
+    let scattered = parts(&|part| (10 * part + rank) as f32);
+    let gathered = parts(&|_| rank as f32);
+    // Both under way at once.
+    let tickets = [(Exchange::Scatter, &scattered), (Exchange::Gather, &gathered)]
+        .map(|(exchange, parts)| comm.start(exchange, parts.clone()).unwrap());
+    tickets.into_iter().rev().for_each(|ticket| comm.wait(ticket).unwrap());
+    all(&scattered[rank], (10 * rank * size + size * (size - 1) / 2) as f32);
+    gathered.iter().enumerate().for_each(|(part, tensors)| all(tensors, part as f32));
+    let wrong = comm.start(Exchange::Gather, vec![Vec::new(); size + 1]).unwrap_err().to_string();
+    assert!(wrong.contains("parts for"), "{wrong}");
 }
 
 fn small_reductions(comm: &mut dyn Communicator) {
@@ -122,9 +164,9 @@ fn gradients_are_summed_in_buckets(comm: &mut dyn Communicator) {
     let (blocks, ends) = (gradient(4, 100_000), gradient(1, 300_000));
     let mut buckets = Buckets::default();
     for row in (0..4).rev() {
-        buckets.add(comm, &blocks, row).unwrap();
+        buckets.add(comm, &blocks, row, &[]).unwrap();
     }
-    buckets.add(comm, &ends, 0).unwrap();
+    buckets.add(comm, &ends, 0, &[]).unwrap();
     buckets.finish(comm).unwrap();
     for sums in [blocks, ends] {
         let sums: Vec<f32> = sums.flatten_all().unwrap().to_vec1().unwrap();
@@ -182,8 +224,8 @@ fn a_thread_left_alone_times_out() {
 /// Waits for ranks that do not come.
 fn left_alone(comm: &mut dyn Communicator) -> Result<()> {
     comm.set_timeout(Duration::from_millis(300));
-    let ticket = comm.start_sum(vec![0.0; 5])?;
-    comm.wait(ticket).map(drop)
+    let ticket = start_sum(comm, &ones(5))?;
+    comm.wait(ticket)
 }
 
 /// Of a test that waits for a rank which never comes.
@@ -203,9 +245,18 @@ fn scenario(name: &str, world: &mut World) -> Result<Outcome> {
         }
         "large" => {
             let len = (1 << 24) + 5;
-            let ticket = world.communicator().start_sum(vec![1.0; len])?;
-            let sums = world.communicator().wait(ticket)?;
-            assert!(sums.len() == len && sums.iter().all(|&x| x == size as f32));
+            let comm = world.communicator();
+            let data = ones(len);
+            let ticket = start_sum(comm, &data)?;
+            comm.wait(ticket)?;
+            assert!(values(&data).iter().all(|&x| x == size as f32));
+            let middle = len - 7;
+            for exchange in [Exchange::Scatter, Exchange::Gather] {
+                let parts = [data.narrow(0, 0, middle)?, data.narrow(0, middle, len - middle)?];
+                let ticket = comm.start(exchange, parts.into_iter().map(|part| vec![part]).collect())?;
+                comm.wait(ticket)?;
+            }
+            assert!(values(&data).iter().all(|&x| x == (size * size) as f32));
         }
         "rank 0 left alone" => {
             if rank == 0 {
@@ -223,7 +274,7 @@ fn scenario(name: &str, world: &mut World) -> Result<Outcome> {
                     // SAFETY: sends a signal to this process.
                     unsafe { libc::raise(signal) };
                 }
-                let ticket = all.start_sum(vec![1.0; 70_000])?;
+                let ticket = start_sum(&mut *all, &ones(70_000))?;
                 all.wait(ticket)?;
             }
         }

@@ -1,13 +1,14 @@
-//! The laws of `parallel.placement`, with ranks as threads of this process.
+//! The laws of `parallel.placement` and of `parallel.zero`, with ranks as threads of this process.
 
 mod common;
 
+use candle_core::Device;
 use common::{checkpoint, cut_at, results, saved_steps};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use vcycle::checkpoint::{Check, Checkpoint};
 use vcycle::comm::{Solo, thread};
-use vcycle::config::{self, Config};
+use vcycle::config::{self, Config, OptimizerKind};
 use vcycle::data;
 use vcycle::error::{Outcome, Result};
 use vcycle::run::{self, Console, Ends, Learner, Options, Target};
@@ -116,6 +117,36 @@ fn checksums(run: &Path, step: u64) -> Vec<String> {
     tensors.map(|file| file.sha256.clone()).collect()
 }
 
+/// Fine and coarse levels in every way that moves optimizer state, for the update rules of [`OptimizerKind`].
+const SWITCHES: [(&str, &[&str]); 3] = [
+    (
+        "v",
+        &[
+            "levels.count=3",
+            "levels.transfer=average",
+            "levels.update=correct",
+            "levels.coherence=true",
+            "cycle.kind=v",
+            "cycle.pre=1",
+            "cycle.post=1",
+            "cycle.coarse=3",
+        ],
+    ),
+    (
+        "cosets",
+        &[
+            "levels.count=2",
+            "levels.transfer=injection",
+            "levels.coset=all",
+            "levels.state=scale",
+            "levels.pull=0.2",
+            "cycle.kind=phases",
+            "cycle.phases=[{level=1,steps=8},{level=0,steps=8}]",
+        ],
+    ),
+    ("linear", &["levels.count=2", "levels.transfer=linear", "levels.coherence=true", "cycle.kind=cascade"]),
+];
+
 /// The runs read the same and computed the same up to rounding.
 #[track_caller]
 fn assert_close(a: &Path, b: &Path) {
@@ -134,7 +165,7 @@ fn assert_close(a: &Path, b: &Path) {
 
 /// Every parameter of the fine net after the last step.
 fn fine_net(bench: &Bench, run: &Path) -> Vec<f32> {
-    let mut learner = Learner::new(&bench.config(&[]), 1, 1).unwrap();
+    let mut learner = Learner::new(&bench.config(&[]), &Device::Cpu, 1, 0, 1).unwrap();
     learner.load_model(&Checkpoint::open(run, Check::Sizes).unwrap()).unwrap();
     let hierarchy = &learner.hierarchy;
     [values(&hierarchy.group(0).theta), values(&hierarchy.ends(0).theta)].concat()
@@ -164,7 +195,7 @@ fn a_step_of_all_cosets_is_one_of_their_gradients_side_by_side() -> Result<()> {
         "optimizer.lr=0.5",
     ];
     let (lr, config) = (0.5, bench.config(&[settings]));
-    let mut by_hand = Learner::new(&config, 1, 1)?;
+    let mut by_hand = Learner::new(&config, &Device::Cpu, 1, 0, 1)?;
     let (mut rows, mut ends, mut square) = (Vec::new(), vec![0f32; by_hand.hierarchy.ends(0).theta.elem_count()], 0.0);
     for coset in 0..2 {
         let target = Target { level: 1, coset };
@@ -183,7 +214,7 @@ fn a_step_of_all_cosets_is_one_of_their_gradients_side_by_side() -> Result<()> {
     };
     for ranks in 1..=4 {
         let run = bench.train(format!("{ranks}"), ranks, &[settings]);
-        let mut trained = Learner::new(&config, 1, 1)?;
+        let mut trained = Learner::new(&config, &Device::Cpu, 1, 0, 1)?;
         trained.load_model(&Checkpoint::open(&run, Check::Checksums)?)?;
         let (before, after) = (&by_hand.hierarchy, &trained.hierarchy);
         let mut pairs = vec![(moved(&before.ends(0).theta, &ends), values(&after.ends(0).theta))];
@@ -305,5 +336,49 @@ fn a_correction_is_taken_only_if_it_lowers_the_held_out_loss() {
         let multipliers = format!("schedule.level_multipliers=[1.0, {coarse_lr}]");
         let dropped = bench.train(name, 2, &[BESIDE, &[&multipliers]]);
         assert!(fine_net(&bench, &dropped) == fine_net(&bench, &alone), "{name}");
+    }
+}
+
+/// ZeRO-1 is the same computation: bit for bit, checkpoints too, where the gradient is not clipped, for the norm is summed in
+/// another order.
+#[test]
+fn sharded_optimizer_state_trains_as_the_whole() {
+    let bench = Bench::new();
+    for ((name, settings), kind) in SWITCHES.iter().flat_map(|case| OptimizerKind::ALL.iter().map(move |k| (case, k))) {
+        let kind = format!("optimizer.kind={kind}");
+        for (ranks, clip) in [(1, "0.1"), (2, "0"), (3, "0"), (3, "0.1"), (4, "0")] {
+            let run = |zero: &str| {
+                let (run, clip) = (format!("{name}-{kind}-{ranks}-{clip}-{zero}"), format!("optimizer.clip={clip}"));
+                bench.train(run, ranks, &[settings, &[&kind, &clip, zero]])
+            };
+            let (whole, sharded) = (run("parallel.zero=0"), run("parallel.zero=1"));
+            assert_close(&sharded, &whole);
+            if clip == "0" || ranks == 1 {
+                // The text of the config is in the file of the model.
+                assert_eq!(checksums(&sharded, 16)[1], checksums(&whole, 16)[1], "{name} {kind} {ranks} ranks");
+                assert!(fine_net(&bench, &sharded) == fine_net(&bench, &whole), "{name} {kind} {ranks} ranks");
+            }
+        }
+    }
+}
+
+/// Bit for bit on as many ranks; on any other number, with and without shards, the run goes on.
+#[test]
+fn sharded_runs_resume_from_checkpoints_that_any_run_reads() {
+    let bench = Bench::new();
+    let (zero, one) = ("parallel.zero=0", "parallel.zero=1");
+    for (name, settings) in SWITCHES {
+        let settings = [settings, &["checkpoint.every_steps=1", "optimizer.kind=muon"]].concat();
+        let whole = bench.train(name, 3, &[&settings, &[one]]);
+        for step in [2, 5, 9] {
+            let cut = bench.train(cut_at(&whole, step), 3, &[&settings, &[one]]);
+            assert_eq!(results(&cut), results(&whole), "{name} resumed after step {step}");
+            assert_eq!(checksums(&cut, 16), checksums(&whole, 16), "{name} resumed after step {step}");
+        }
+        for (ranks, other) in [(2, one), (8, one), (1, zero)] {
+            assert_close(&bench.train(cut_at(&whole, 9), ranks, &[&settings, &[other]]), &whole);
+        }
+        let unsharded = bench.train(format!("{name}-0"), 2, &[&settings, &[zero]]);
+        assert_close(&bench.train(cut_at(&unsharded, 9), 3, &[&settings, &[one]]), &unsharded);
     }
 }

@@ -273,6 +273,32 @@ fn two_ranks_resume_bit_for_bit_and_other_world_sizes_go_on() {
     }
 }
 
+/// On MPI processes: on two of them the sums are the same, without clipping all is.
+#[test]
+fn sharded_optimizer_state_trains_as_the_whole_and_resumes() {
+    let bench = Bench::new();
+    for (name, settings) in [CYCLES[1], CYCLES[2], CYCLES[5]] {
+        for ranks in [2, 3] {
+            let settings = |zero| [settings, &["optimizer.clip=0", zero]].concat();
+            let (unsharded, sharded) = (settings("parallel.zero=0"), settings("parallel.zero=1"));
+            let whole = bench.finished(&format!("{name}-{ranks}-0"), ranks, &unsharded);
+            let shards = bench.finished(&format!("{name}-{ranks}-1"), ranks, &sharded);
+            assert_close(&losses(&shards), &losses(&whole), 1e-4);
+            if ranks == 2 {
+                assert_eq!(losses(&shards), losses(&whole));
+                assert_eq!(checksums(&shards, 12)[1], checksums(&whole, 12)[1]);
+            }
+            let cut = cut_at(&shards, 7);
+            expect_exit(bench.resume(&cut, ranks, &sharded), 0);
+            assert_eq!(results(&cut), results(&shards));
+            assert_eq!(checksums(&cut, 12), checksums(&shards, 12));
+            let cut = cut_at(&shards, 7);
+            expect_exit(bench.resume(&cut, 1, &unsharded), 0);
+            assert_close(&losses(&cut), &losses(&whole), 1e-4);
+        }
+    }
+}
+
 /// Groups of MPI processes: the same training as on one rank, resumed bit for bit in the middle, also on more ranks.
 #[test]
 fn placements_train_as_one_rank_does_and_resume_in_the_middle() {
@@ -557,6 +583,8 @@ fn bad_input_is_one_clear_error_on_any_number_of_ranks() {
         (&["parallel.placement=cosets"], "needs levels.transfer = \"injection\" (now \"copy\")"),
         (&["parallel.placement=beside", "levels.count=2", "cycle.kind=cascade"], "nothing to put beside it"),
         (&["parallel.groups=[1, 1]"], "parallel.groups"),
+        (&["parallel.zero=2"], "parallel.zero = 2: expected 0 or 1"),
+        (&["parallel.zero=1", "parallel.sync_every=4"], "parallel.sync_every = 1 (now 4)"),
         (
             &[
                 "parallel.placement=beside",

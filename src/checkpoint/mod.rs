@@ -39,7 +39,8 @@ pub const FORMAT_VERSION: u32 = 1;
 /// what is restored cannot differ.
 ///
 /// A visit that reads must find its tensors allocated; what decides on them (say, whether a coherence term exists)
-/// is a value visited before them. On a run's other ranks nothing is visited: no collectives in here.
+/// is a value visited before them. Writing visits on every rank, so that rank 0 can get from the others what it lacks; each rank
+/// reads by itself.
 pub trait State {
     fn visit(&mut self, visitor: &mut dyn Visitor) -> Result<()>;
 }

@@ -65,7 +65,7 @@ fn layout(segments: &[(&'static str, &[usize])]) -> Layout {
     let segment = |&(name, shape): &(&'static str, &[usize])| {
         let start = offset;
         offset += shape.iter().product::<usize>();
-        Segment { name, shape: shape.to_vec(), offset: start, init: Init::Zeros, decay: false, orthogonalize: false }
+        Segment { name, shape: shape.to_vec(), offset: start, init: Init::Zeros, decay: false, matrices: 0 }
     };
     Layout { segments: segments.iter().map(segment).collect() }
 }

@@ -3,10 +3,13 @@
 use super::folder::{Folder, remove_all};
 use super::manifest::{Manifest, write_json};
 use super::snapshot::{Data, Dataset, Snapshot};
-use super::{FORMAT_VERSION, PROGRESS, Part, Progress, State};
+use super::{FORMAT_VERSION, PROGRESS, Part, Progress, State, Visitor};
 use crate::config::{Config, to_toml};
 use crate::error::{Context, Result, anyhow};
+use crate::model::Layout;
+use candle_core::Tensor;
 use hdf5::types::VarLenUnicode;
+use serde_json::Value;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -29,7 +32,7 @@ struct Target {
 
 impl Writer {
     /// The writer of a run; `config.checkpoint.keep` checkpoints are kept. Removes what a killed run left and fails at
-    /// once if the folder cannot be written. Where `writes` is false (all ranks but 0), saving does nothing.
+    /// once if the folder cannot be written. Where `writes` is false (all ranks but 0), saving keeps nothing.
     pub fn new(run_dir: &Path, config: &Config, writes: bool) -> Result<Writer> {
         let target = Target { folder: Folder::of_run(run_dir), config: to_toml(config), keep: config.checkpoint.keep };
         if writes {
@@ -43,7 +46,7 @@ impl Writer {
     ///
     /// An error of the write before is returned here, and nothing is saved; the next call tries again.
     pub fn save(&mut self, step: u64, state: &mut dyn State) -> Result<()> {
-        let Some(target) = self.target.clone() else { return Ok(()) };
+        let Some(target) = self.target.clone() else { return state.visit(&mut Nowhere) };
         self.finish()?;
         self.snapshot.take(state).with_context(|| format!("cannot save step {step}"))?;
         let snapshot = std::mem::take(&mut self.snapshot);
@@ -62,6 +65,19 @@ impl Writer {
         let (snapshot, result) = running.join().map_err(|_| anyhow!("the thread that writes checkpoints panicked"))?;
         self.snapshot = snapshot;
         result
+    }
+}
+
+/// The visit of a rank that keeps nothing.
+struct Nowhere;
+
+impl Visitor for Nowhere {
+    fn rows(&mut self, _part: Part, _group: &str, _layout: &Layout, _tensor: &Tensor) -> Result<()> {
+        Ok(())
+    }
+
+    fn value(&mut self, _name: &str, _value: &mut Value) -> Result<()> {
+        Ok(())
     }
 }
 

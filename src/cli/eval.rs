@@ -36,7 +36,7 @@ pub fn run(args: Args) -> Result<Outcome> {
     config.log.eval_sequences = args.sequences.unwrap_or(config.log.eval_sequences);
     run::use_threads(config.parallel.threads, 1)?;
     run::resolve_vocab(&mut config)?;
-    let mut learner = Learner::new(&config, 1, 1)?;
+    let mut learner = Learner::new(&config, &run::device(&config)?, 1, 0, 1)?;
     learner.load_model(&checkpoint)?;
     let val_loss = learner.evaluate(&mut Solo::default())?;
     if args.json {

@@ -169,7 +169,7 @@ impl Plan {
             levels: (0..config.levels.count).map(|level| LevelRow::new(config, &spec, level)).collect(),
             phases: phases.iter().map(|phase| PhaseRow::new(config, phase)).collect(),
             placement: PlaceRows::new(config, &spec, ranks)?,
-            memory: RankMemory::new(config, &spec, smallest_group),
+            memory: RankMemory::new(config, &spec, ranks, smallest_group),
             forecast: None,
             machine_memory: None,
         })
@@ -316,10 +316,12 @@ impl PhaseRow {
 }
 
 impl RankMemory {
-    pub(super) fn new(config: &Config, spec: &Spec, ranks: usize) -> RankMemory {
-        let moments = optim::new(&config.optimizer).moments().len();
-        let levels = memory(config, spec, moments);
-        let micro_batch = run::micro_batch(config, ranks);
+    /// On `ranks` ranks, of which at least `smallest_group` share a global batch.
+    pub(super) fn new(config: &Config, spec: &Spec, ranks: usize, smallest_group: usize) -> RankMemory {
+        let optimizer = optim::new(&config.optimizer);
+        let division = optim::division(&config.parallel, &*optimizer, 0, ranks);
+        let levels = memory(config, spec, optimizer.moments().len(), division);
+        let micro_batch = run::micro_batch(config, smallest_group);
         let workspace = Net::workspace_bytes(spec, spec.depth, micro_batch) + Net::scratch_bytes(spec, micro_batch);
         let rounded = if spec.dtype == DType::F32 { 0 } else { Rounded::bytes(spec) };
         RankMemory { levels, workspace, rounded, micro_batch, total: levels.total() + workspace + rounded }

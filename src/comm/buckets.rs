@@ -1,13 +1,11 @@
-//! Sums gradients over ranks in buckets, while the backward pass goes on.
+//! Exchanges rows of tensors over ranks in buckets, above all gradients while the backward pass goes on.
 //!
-//! The backward pass says which part of the gradient is final; its row is copied into the open bucket, and a full bucket
-//! is sent off. [`Buckets::finish`] waits for all sums and copies them back. What it waits is the exposed time: the part
-//! of communication that computing did not hide.
+//! The backward pass says which part of the gradient is final; its row joins the open bucket, and a full bucket is sent off.
+//! [`Buckets::finish`] waits for all. What it waits is the exposed time: the part of communication that computing did not
+//! hide.
 
-use super::pool::Pool;
-use super::{Communicator, Ticket};
+use super::{Communicator, Exchange, Ticket};
 use crate::error::{Result, ensure};
-use crate::ops::access;
 use candle_core::Tensor;
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -17,35 +15,28 @@ use std::time::{Duration, Instant};
 /// in pieces of 2¹⁴. So small rows are joined, and no more of them than that: a bucket that leaves early is hidden better.
 const MIN_VALUES: usize = 1 << 18;
 
-/// Row-by-row sum of gradients over a group. Gradients are f32 [R, P].
+/// Row-by-row exchange of f32 tensors [R, P] over a group.
 #[derive(Default)]
 pub struct Buckets {
+    exchange: Exchange,
     open: Bucket,
-    sent: Vec<(Ticket, Bucket)>,
-    idle: Vec<Bucket>,
-    pool: Pool,
+    sent: Vec<Ticket>,
     exposed: Duration,
 }
 
-/// Rows joined into one reduction.
+/// Rows joined into one exchange.
 #[derive(Default)]
 struct Bucket {
-    values: Vec<f32>,
-    rows: Vec<Row>,
-    /// Values it may hold: its buffer never grows.
+    parts: Vec<Vec<Tensor>>,
+    values: usize,
+    /// Values it may hold.
     limit: usize,
-}
-
-struct Row {
-    gradient: Tensor,
-    /// Elements in the gradient.
-    elements: Range<usize>,
 }
 
 impl Bucket {
     /// Whether a row of `width` values may join it.
     fn takes(&self, width: usize) -> bool {
-        self.rows.is_empty() || self.values.len() + width <= self.limit
+        self.values == 0 || self.values + width <= self.limit
     }
 }
 
@@ -55,28 +46,40 @@ fn limit(width: usize) -> usize {
 }
 
 impl Buckets {
-    /// Adds row `row` of `gradient`, which nobody writes again before [`Buckets::finish`], to what is summed over `comm`.
-    /// Every rank adds the same rows in the same order. Does nothing with one rank.
-    pub fn add(&mut self, comm: &mut dyn Communicator, gradient: &Tensor, row: usize) -> Result<()> {
+    pub fn new(exchange: Exchange) -> Buckets {
+        Buckets { exchange, ..Buckets::default() }
+    }
+
+    /// Adds row `row` of `tensor` [R, P], which nobody touches again before [`Buckets::finish`], to what is exchanged over
+    /// `comm`; `parts` are the columns of each rank, of which a sum takes no notice. Every rank adds the same rows in the same
+    /// order. Does nothing with one rank.
+    pub fn add(
+        &mut self,
+        comm: &mut dyn Communicator,
+        tensor: &Tensor,
+        row: usize,
+        parts: &[Range<usize>],
+    ) -> Result<()> {
         if comm.size() == 1 {
             return Ok(());
         }
-        let (rows, width) = gradient.dims2()?;
-        ensure!(row < rows, "row {row} of a gradient of {rows} rows");
-        let elements = row * width..(row + 1) * width;
-        let values = access::read::<f32>(gradient)?;
+        let (rows, width) = tensor.dims2()?;
+        ensure!(row < rows, "row {row} of a tensor of {rows} rows");
+        let whole = 0..width;
+        let parts = if self.exchange == Exchange::Sum { std::slice::from_ref(&whole) } else { parts };
         // Decided by lengths alone, which are the same on all ranks.
         if !self.open.takes(width) {
             self.send(comm)?;
         }
-        if self.open.rows.is_empty() {
-            self.open.limit = limit(width);
-            self.open.values = self.pool.take(self.open.limit);
-            self.open.values.clear();
+        if self.open.values == 0 {
+            self.open = Bucket { parts: vec![Vec::new(); parts.len()], values: 0, limit: limit(width) };
         }
-        self.open.values.extend_from_slice(&values[elements.clone()]);
-        self.open.rows.push(Row { gradient: gradient.clone(), elements });
-        if self.open.values.len() >= MIN_VALUES {
+        let row = tensor.narrow(0, row, 1)?;
+        for (part, columns) in self.open.parts.iter_mut().zip(parts).filter(|(_, columns)| !columns.is_empty()) {
+            part.push(row.narrow(1, columns.start, columns.len())?);
+        }
+        self.open.values += width;
+        if self.open.values >= MIN_VALUES {
             self.send(comm)?;
         }
         comm.progress()
@@ -104,32 +107,18 @@ impl Buckets {
     }
 
     fn send(&mut self, comm: &mut dyn Communicator) -> Result<()> {
-        let mut bucket = std::mem::replace(&mut self.open, self.idle.pop().unwrap_or_default());
-        let ticket = comm.start_sum(std::mem::take(&mut bucket.values))?;
-        self.sent.push((ticket, bucket));
+        let Bucket { parts, .. } = std::mem::take(&mut self.open);
+        self.sent.push(comm.start(self.exchange, parts)?);
         Ok(())
     }
 
-    /// Every row added since the last call = its sum over all ranks.
+    /// Every row added since the last call is exchanged.
     pub fn finish(&mut self, comm: &mut dyn Communicator) -> Result<()> {
         let start = Instant::now();
-        if !self.open.rows.is_empty() {
+        if self.open.values > 0 {
             self.send(comm)?;
         }
-        for (ticket, mut bucket) in self.sent.drain(..) {
-            let sums = comm.wait(ticket)?;
-            let mut rest = &sums[..];
-            for Row { gradient, elements } in bucket.rows.drain(..) {
-                let (row, others) = rest.split_at(elements.len());
-                rest = others;
-                access::write(&gradient, |gradient: &mut [f32]| {
-                    gradient[elements].copy_from_slice(row);
-                    Ok(())
-                })?;
-            }
-            self.pool.give(sums);
-            self.idle.push(bucket);
-        }
+        self.sent.drain(..).try_for_each(|ticket| comm.wait(ticket))?;
         self.exposed += start.elapsed();
         Ok(())
     }
@@ -163,9 +152,9 @@ mod tests {
                 let mut buckets = Buckets::default();
                 for step in 1..=2 {
                     for row in [4, 2, 0] {
-                        buckets.add(comm, &blocks, row).unwrap();
+                        buckets.add(comm, &blocks, row, &[]).unwrap();
                     }
-                    buckets.add(comm, &ends, 0).unwrap();
+                    buckets.add(comm, &ends, 0, &[]).unwrap();
                     buckets.finish(comm).unwrap();
                     assert_eq!(buckets.sent.len(), 0, "step {step}");
                 }
@@ -180,6 +169,29 @@ mod tests {
                 }
                 assert!(ends.iter().all(|&x| x == 90.0));
             }
+        }
+    }
+
+    /// A scattered sum gives a rank its columns, a gather of those gives all ranks all: together, the sum. Ragged parts, one empty.
+    #[test]
+    fn a_scattered_sum_and_a_gather_are_the_sum() {
+        for width in [7, MIN_VALUES / 2 + 1] {
+            let parts = [0..2, 2..2, 2..width];
+            thread::run(3, |comm| {
+                let noise =
+                    |seed: f32| (0..4 * width).map(move |i| (i as f32 * 0.37 + seed).sin()).collect::<Vec<f32>>();
+                let tensor = |seed| Tensor::from_vec(noise(seed), (4, width), &Device::Cpu).unwrap();
+                let (summed, shared) = (tensor(comm.rank() as f32), tensor(comm.rank() as f32));
+                let mut exchange = |exchange, tensor: &Tensor, parts: &[Range<usize>]| {
+                    let mut buckets = Buckets::new(exchange);
+                    [3, 0, 1].into_iter().for_each(|row| buckets.add(comm, tensor, row, parts).unwrap());
+                    buckets.finish(comm).unwrap();
+                };
+                exchange(Exchange::Sum, &summed, &[]);
+                exchange(Exchange::Scatter, &shared, &parts);
+                exchange(Exchange::Gather, &shared, &parts);
+                assert_eq!(values(&summed), values(&shared));
+            });
         }
     }
 
@@ -200,14 +212,14 @@ mod tests {
         fn waited(&self) -> Duration {
             Duration::ZERO
         }
-        fn start_sum(&mut self, data: Vec<f32>) -> Result<Ticket> {
-            self.started.push(data.len());
-            self.inner.start_sum(data)
+        fn start(&mut self, exchange: Exchange, parts: Vec<Vec<Tensor>>) -> Result<Ticket> {
+            self.started.push(parts.iter().flatten().map(Tensor::elem_count).sum());
+            self.inner.start(exchange, parts)
         }
         fn progress(&mut self) -> Result<()> {
             Ok(())
         }
-        fn wait(&mut self, ticket: Ticket) -> Result<Vec<f32>> {
+        fn wait(&mut self, ticket: Ticket) -> Result<()> {
             self.inner.wait(ticket)
         }
         fn reduce(&mut self, _values: &mut [f64], _reduction: super::super::Reduction) -> Result<()> {
@@ -235,8 +247,8 @@ mod tests {
             let (blocks, ends) = (filled(rows, width, 1.0), filled(1, ends, 1.0));
             let mut comm = Counting { inner: Solo::default(), started: Vec::new() };
             let mut buckets = Buckets::default();
-            (0..rows).rev().for_each(|row| buckets.add(&mut comm, &blocks, row).unwrap());
-            buckets.add(&mut comm, &ends, 0).unwrap();
+            (0..rows).rev().for_each(|row| buckets.add(&mut comm, &blocks, row, &[]).unwrap());
+            buckets.add(&mut comm, &ends, 0, &[]).unwrap();
             buckets.finish(&mut comm).unwrap();
             let widths: Vec<usize> = vec![width; rows].into_iter().chain([ends.elem_count()]).collect();
             let cut: Vec<usize> = Buckets::cut(&widths).into_iter().map(|(_, values)| values).collect();
@@ -247,8 +259,8 @@ mod tests {
     #[test]
     fn one_rank_has_nothing_to_do() {
         let (gradient, mut buckets) = (filled(2, 3, 1.5), Buckets::default());
-        buckets.add(&mut Solo::default(), &gradient, 1).unwrap();
-        assert!(buckets.sent.is_empty() && buckets.open.rows.is_empty());
+        buckets.add(&mut Solo::default(), &gradient, 1, &[]).unwrap();
+        assert!(buckets.sent.is_empty() && buckets.open.values == 0);
         buckets.finish(&mut Solo::default()).unwrap();
         assert_eq!(values(&gradient), [1.5; 6]);
     }

@@ -1,18 +1,23 @@
 //! Communication between ranks.
 //!
 //! [`World`] is the job: it starts MPI if a launcher started this process, and ends all ranks alike.
-//! [`Communicator`] is a group of ranks; [`Buckets`] sums gradients over one while the backward pass goes on.
+//! [`Communicator`] is a group of ranks; [`Buckets`] exchanges rows of tensors over one, sums gradients above all, while the
+//! backward pass goes on.
 //!
 //! | implementation | ranks are |
 //! | --- | --- |
 //! | [`Solo`] | this process alone |
 //! | [`thread`] | threads of one process, for tests |
 //! | `mpi` (feature `mpi`) | processes under `mpirun` or `srun` |
+//! | `nccl` (feature `cuda`) | those of another one, each with a GPU |
 
 mod buckets;
 mod launch;
 #[cfg(feature = "mpi")]
 mod mpi;
+#[cfg(feature = "cuda")]
+mod nccl;
+mod parcel;
 mod pool;
 #[cfg(feature = "mpi")]
 mod roll_call;
@@ -21,15 +26,18 @@ pub mod thread;
 mod world;
 
 pub use buckets::Buckets;
+#[cfg(feature = "cuda")]
+pub use nccl::Nccl;
 pub use solo::Solo;
 pub use world::{World, agree};
 
-use crate::error::Result;
+use crate::error::{Result, ensure};
+use candle_core::Tensor;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-/// Handle of a reduction that was started and not yet waited for.
+/// Handle of an exchange that was started and not yet waited for.
 #[derive(Debug, PartialEq, Eq, Hash, Clone, Copy)]
 pub struct Ticket(pub u64);
 
@@ -39,6 +47,36 @@ pub enum Reduction {
     Sum,
     /// Undefined where a value is NaN.
     Max,
+}
+
+/// What ranks make, in place, of tensors that all of them have. The tensors come in parts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Exchange {
+    /// Every tensor = its sum over all ranks.
+    #[default]
+    Sum,
+    /// A part for each rank: on it the tensors = their sums over all ranks. What the other ranks have there is of no use
+    /// afterwards.
+    Scatter,
+    /// A part for each rank: on all ranks the tensors = that rank's.
+    Gather,
+}
+
+impl Exchange {
+    /// As it is called in messages, with its number of elements.
+    fn describe(self, len: usize) -> String {
+        match self {
+            Exchange::Sum => format!("sum of {len} values"),
+            Exchange::Scatter => format!("scattered sum of {len} values"),
+            Exchange::Gather => format!("gather of {len} values"),
+        }
+    }
+
+    fn check(self, parts: &[Vec<Tensor>], ranks: usize) -> Result<()> {
+        let count = parts.len();
+        ensure!(self == Exchange::Sum || count == ranks, "{self:?}: {count} parts for {ranks} ranks");
+        Ok(())
+    }
 }
 
 /// A group of ranks. All ranks call the collectives (every method but `rank`, `size`, `waited`,
@@ -53,12 +91,13 @@ pub trait Communicator {
     fn set_timeout(&mut self, timeout: Duration);
     /// What this rank has spent waiting in collectives so far, over all groups of the job.
     fn waited(&self) -> Duration;
-    /// Starts the sum of `data` over all ranks; the communicator owns the buffer until [`Communicator::wait`].
-    fn start_sum(&mut self, data: Vec<f32>) -> Result<Ticket>;
-    /// Moves started reductions on; cheap; call it often while computing.
+    /// Starts an exchange of f32 tensors of any shapes, contiguous, the same on all ranks. Nobody else touches them until
+    /// [`Communicator::wait`].
+    fn start(&mut self, exchange: Exchange, parts: Vec<Vec<Tensor>>) -> Result<Ticket>;
+    /// Moves started exchanges on; cheap; call it often while computing.
     fn progress(&mut self) -> Result<()>;
-    /// Finishes a started reduction and gives a buffer of the same length with the sums. Any order of tickets will do.
-    fn wait(&mut self, ticket: Ticket) -> Result<Vec<f32>>;
+    /// Finishes a started exchange. Any order of tickets will do.
+    fn wait(&mut self, ticket: Ticket) -> Result<()>;
     /// Blocking reduction of a few numbers.
     fn reduce(&mut self, values: &mut [f64], reduction: Reduction) -> Result<()>;
     /// `data` of `root` to all ranks; the others' content and length are replaced.

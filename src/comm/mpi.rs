@@ -5,11 +5,17 @@
 //! call that starts them; so this file calls MPI itself, through rsmpi's bindings; it and `roll_call` keep all `unsafe`.
 //!
 //! MPI_IN_PLACE is a macro that the bindings lack: a sum is received into a second, pooled buffer.
+//!
+//! A scattered sum is an MPI_Ireduce to each rank, a gather an MPI_Ibcast from each: together they send no more than
+//! MPI_Ireduce_scatter and MPI_Iallgatherv should, and take parts of any lengths. Open MPI's non-blocking reduce-scatter
+//! sends everything through rank 0.
 
+use super::parcel::Parcel;
 use super::pool::Pool;
 use super::roll_call::RollCall;
-use super::{Communicator, DEFAULT_TIMEOUT, Reduction, Ticket, timed_out, told_to_end};
+use super::{Communicator, DEFAULT_TIMEOUT, Exchange, Reduction, Ticket, timed_out, told_to_end};
 use crate::error::{Context, Result, anyhow, bail, ensure};
+use candle_core::Tensor;
 use mpi::ffi;
 use std::cell::Cell;
 use std::ffi::c_int;
@@ -95,10 +101,22 @@ pub struct Mpi {
     session: Rc<Session>,
 }
 
-/// A sum under way.
+/// An exchange under way.
 struct Flight {
     ticket: Ticket,
-    pending: Pending<(Vec<f32>, Vec<f32>)>,
+    exchange: Exchange,
+    parcel: Parcel,
+    pending: Pending<Buffers>,
+}
+
+/// What is sent, and what is received into: sums, or nothing where `sent` itself is received into (a gather).
+type Buffers = (Vec<f32>, Vec<f32>);
+
+/// A stretch of a part of a buffer.
+struct Piece {
+    part: usize,
+    first: usize,
+    count: c_int,
 }
 
 /// Buffers that MPI reads or writes until `requests` are complete. Dropped before, it leaks the buffers: MPI may still
@@ -145,6 +163,13 @@ pub(super) fn check(code: c_int) -> Result<()> {
 /// Ranges of at most [`MAX_COUNT`] elements that cover `0..len`, as (first, count).
 fn pieces(len: usize) -> impl Iterator<Item = (usize, c_int)> {
     (0..len).step_by(MAX_COUNT).map(move |first| (first, (len - first).min(MAX_COUNT) as c_int))
+}
+
+/// The pieces of every part, `first` counted from the buffer's begin.
+fn pieces_of(parcel: &Parcel) -> impl Iterator<Item = Piece> {
+    parcel.ranges.iter().enumerate().flat_map(|(part, range)| {
+        pieces(range.len()).map(move |(first, count)| Piece { part, first: range.start + first, count })
+    })
 }
 
 impl Mpi {
@@ -208,22 +233,57 @@ impl Mpi {
         })
     }
 
-    /// Starts `call(first, count, request)` for every piece of a buffer of `len` elements.
-    fn start<B>(
+    /// Starts `call(buffers, piece, request)` for every piece.
+    fn call<B, P>(
         &mut self,
         buffers: B,
-        len: usize,
-        mut call: impl FnMut(&mut B, usize, c_int, &mut ffi::MPI_Request) -> c_int,
+        pieces: impl Iterator<Item = P>,
+        mut call: impl FnMut(&mut B, P, &mut ffi::MPI_Request) -> c_int,
     ) -> Result<Pending<B>> {
         let mut pending = Pending::new(buffers, self.idle_requests.pop().unwrap_or_default());
-        for (first, count) in pieces(len) {
+        for piece in pieces {
             // SAFETY: reads a constant of the library.
             let mut request = unsafe { ffi::RSMPI_REQUEST_NULL };
-            let code = call(&mut pending.buffers, first, count, &mut request);
+            let code = call(&mut pending.buffers, piece, &mut request);
             pending.requests.push(request);
             check(code).inspect_err(|_| self.session.unfinished.set(true))?;
         }
         Ok(pending)
+    }
+
+    fn start_sum(&mut self, sent: Vec<f32>) -> Result<Pending<Buffers>> {
+        let (comm, len) = (self.comm, sent.len());
+        let sums = self.pool.take(len);
+        self.call((sent, sums), pieces(len), |(sent, sums), (first, count), request| {
+            let (sent, sums) = (sent[first..].as_ptr().cast(), sums[first..].as_mut_ptr().cast());
+            // SAFETY: `Pending` keeps both buffers in place until the request is complete; the piece lies inside them.
+            unsafe { ffi::MPI_Iallreduce(sent, sums, count, ffi::RSMPI_FLOAT, ffi::RSMPI_SUM, comm, request) }
+        })
+    }
+
+    /// The received buffer holds this rank's part alone.
+    fn start_scatter(&mut self, sent: Vec<f32>, parcel: &Parcel) -> Result<Pending<Buffers>> {
+        let (comm, rank, own) = (self.comm, self.rank, parcel.ranges[self.rank].clone());
+        let sums = self.pool.take(own.len());
+        self.call((sent, sums), pieces_of(parcel), |(sent, sums), Piece { part, first, count }, request| {
+            let sent = sent[first..].as_ptr().cast();
+            // Of no meaning on other ranks.
+            let sums = if part == rank { sums[first - own.start..].as_mut_ptr() } else { std::ptr::null_mut() };
+            // SAFETY: `Pending` keeps both buffers in place until the request is complete; the piece lies inside them.
+            unsafe {
+                let (kind, sum, root) = (ffi::RSMPI_FLOAT, ffi::RSMPI_SUM, part as c_int);
+                ffi::MPI_Ireduce(sent, sums.cast(), count, kind, sum, root, comm, request)
+            }
+        })
+    }
+
+    fn start_gather(&mut self, sent: Vec<f32>, parcel: &Parcel) -> Result<Pending<Buffers>> {
+        let comm = self.comm;
+        self.call((sent, Vec::new()), pieces_of(parcel), |(sent, _), Piece { part, first, count }, request| {
+            let sent = sent[first..].as_mut_ptr().cast();
+            // SAFETY: `Pending` keeps the buffer in place until the request is complete; the piece lies inside it.
+            unsafe { ffi::MPI_Ibcast(sent, count, ffi::RSMPI_FLOAT, part as c_int, comm, request) }
+        })
     }
 
     /// Polls until complete; gives the buffers back.
@@ -274,7 +334,7 @@ impl Mpi {
     /// Broadcast of bytes whose number all ranks know.
     fn broadcast_bytes(&mut self, data: Vec<u8>, root: usize) -> Result<Vec<u8>> {
         let (comm, len) = (self.comm, data.len());
-        let pending = self.start(data, len, |data, first, count, request| {
+        let pending = self.call(data, pieces(len), |data, (first, count), request| {
             let data = data[first..].as_mut_ptr().cast();
             // SAFETY: `Pending` keeps the buffer in place until the request is complete; the piece lies inside it.
             unsafe { ffi::MPI_Ibcast(data, count, ffi::RSMPI_UINT8_T, root as c_int, comm, request) }
@@ -343,17 +403,18 @@ impl Communicator for Mpi {
         self.session.waited.get()
     }
 
-    fn start_sum(&mut self, data: Vec<f32>) -> Result<Ticket> {
-        let (comm, len) = (self.comm, data.len());
-        let buffers = (data, self.pool.take(len));
-        let pending = self.start(buffers, len, |(data, sums), first, count, request| {
-            let (data, sums) = (data[first..].as_ptr().cast(), sums[first..].as_mut_ptr().cast());
-            // SAFETY: `Pending` keeps both buffers in place until the request is complete; the piece lies inside them.
-            unsafe { ffi::MPI_Iallreduce(data, sums, count, ffi::RSMPI_FLOAT, ffi::RSMPI_SUM, comm, request) }
-        })?;
+    fn start(&mut self, exchange: Exchange, parts: Vec<Vec<Tensor>>) -> Result<Ticket> {
+        exchange.check(&parts, self.size)?;
+        let parcel = Parcel::new(exchange, parts);
+        let sent = parcel.pack(self.rank, &mut self.pool)?;
+        let pending = match exchange {
+            Exchange::Sum => self.start_sum(sent)?,
+            Exchange::Scatter => self.start_scatter(sent, &parcel)?,
+            Exchange::Gather => self.start_gather(sent, &parcel)?,
+        };
         let ticket = Ticket(self.next);
         self.next += 1;
-        self.flights.push(Flight { ticket, pending });
+        self.flights.push(Flight { ticket, exchange, parcel, pending });
         Ok(ticket)
     }
 
@@ -364,15 +425,20 @@ impl Communicator for Mpi {
         Ok(())
     }
 
-    fn wait(&mut self, ticket: Ticket) -> Result<Vec<f32>> {
+    fn wait(&mut self, ticket: Ticket) -> Result<()> {
         let Some(i) = self.flights.iter().position(|flight| flight.ticket == ticket) else {
             bail!("{ticket:?} was not started or was waited for before");
         };
-        let pending = self.flights.swap_remove(i).pending;
-        let len = pending.buffers.0.len();
-        let (data, sums) = self.finish(pending, &format_args!("sum of {len} values"))?;
-        self.pool.give(data);
-        Ok(sums)
+        let Flight { exchange, parcel, pending, .. } = self.flights.swap_remove(i);
+        let (sent, received) = self.finish(pending, &exchange.describe(parcel.len()))?;
+        match exchange {
+            Exchange::Sum => parcel.unpack_all(&received)?,
+            Exchange::Scatter => parcel.unpack(self.rank, &received)?,
+            Exchange::Gather => parcel.unpack_others(self.rank, &sent)?,
+        }
+        self.pool.give(sent);
+        self.pool.give(received);
+        Ok(())
     }
 
     fn reduce(&mut self, values: &mut [f64], reduction: Reduction) -> Result<()> {
@@ -381,7 +447,7 @@ impl Communicator for Mpi {
         data.extend_from_slice(values);
         result.resize(values.len(), 0.0);
         let (comm, len) = (self.comm, values.len());
-        let pending = self.start((data, result), len, |(data, result), first, count, request| {
+        let pending = self.call((data, result), pieces(len), |(data, result), (first, count), request| {
             let (data, result) = (data[first..].as_ptr().cast(), result[first..].as_mut_ptr().cast());
             // SAFETY: `Pending` keeps both buffers in place until the request is complete; the piece lies inside them.
             unsafe {
@@ -406,7 +472,7 @@ impl Communicator for Mpi {
     fn barrier(&mut self) -> Result<()> {
         let comm = self.comm;
         // SAFETY: collective on a live group, without buffers.
-        let pending = self.start((), 1, |(), _, _, request| unsafe { ffi::MPI_Ibarrier(comm, request) })?;
+        let pending = self.call((), pieces(1), |(), _, request| unsafe { ffi::MPI_Ibarrier(comm, request) })?;
         self.finish(pending, &"barrier")
     }
 

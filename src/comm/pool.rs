@@ -22,7 +22,7 @@ impl Pool {
     }
 
     pub fn give(&mut self, buffer: Vec<f32>) {
-        self.free.push(buffer);
+        self.free.extend((buffer.capacity() > 0).then_some(buffer));
     }
 }
 

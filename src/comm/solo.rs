@@ -1,13 +1,14 @@
-//! One rank alone: every reduction is the identity.
+//! One rank alone: every exchange is the identity.
 
-use super::{Communicator, Reduction, Ticket};
+use super::{Communicator, Exchange, Reduction, Ticket};
 use crate::error::{Context, Result, ensure};
+use candle_core::Tensor;
 use std::time::Duration;
 
 /// The only rank of its group.
 #[derive(Default)]
 pub struct Solo {
-    started: Vec<(Ticket, Vec<f32>)>,
+    started: Vec<Ticket>,
     next: u64,
 }
 
@@ -26,10 +27,11 @@ impl Communicator for Solo {
         Duration::ZERO
     }
 
-    fn start_sum(&mut self, data: Vec<f32>) -> Result<Ticket> {
+    fn start(&mut self, exchange: Exchange, parts: Vec<Vec<Tensor>>) -> Result<Ticket> {
+        exchange.check(&parts, 1)?;
         let ticket = Ticket(self.next);
         self.next += 1;
-        self.started.push((ticket, data));
+        self.started.push(ticket);
         Ok(ticket)
     }
 
@@ -37,10 +39,11 @@ impl Communicator for Solo {
         Ok(())
     }
 
-    fn wait(&mut self, ticket: Ticket) -> Result<Vec<f32>> {
-        let i = self.started.iter().position(|(started, _)| *started == ticket);
+    fn wait(&mut self, ticket: Ticket) -> Result<()> {
+        let i = self.started.iter().position(|started| *started == ticket);
         let i = i.with_context(|| format!("{ticket:?} was not started or was waited for before"))?;
-        Ok(self.started.swap_remove(i).1)
+        self.started.swap_remove(i);
+        Ok(())
     }
 
     fn reduce(&mut self, _values: &mut [f64], _reduction: Reduction) -> Result<()> {

@@ -3,11 +3,15 @@
 //! Collectives are matched by their order. Unlike MPI, which would hang or corrupt memory, ranks that call different
 //! collectives get an error that names both. A sum adds in the order of ranks.
 
-use super::{Communicator, DEFAULT_TIMEOUT, Reduction, Ticket, timed_out};
+use super::parcel::Parcel;
+use super::pool::Pool;
+use super::{Communicator, DEFAULT_TIMEOUT, Exchange, Reduction, Ticket, timed_out};
 use crate::error::{Result, anyhow, bail, ensure};
+use candle_core::Tensor;
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::fmt::{self, Display, Formatter};
+use std::ops::Range;
 use std::rc::Rc;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -35,6 +39,8 @@ pub struct Thread {
     /// Collectives called so far: the next one's number.
     called: u64,
     timeout: Duration,
+    /// Exchanges that were started.
+    parcels: HashMap<Ticket, (Exchange, Parcel)>,
     /// Shared by all groups of this thread.
     waited: Rc<Cell<Duration>>,
 }
@@ -61,9 +67,9 @@ struct Collective {
     taken: usize,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 enum Op {
-    Sum { len: usize },
+    Exchange { exchange: Exchange, ranges: Vec<Range<usize>> },
     Reduce { len: usize, reduction: Reduction },
     Broadcast { root: usize },
     Barrier,
@@ -82,7 +88,9 @@ enum Data {
 impl Display for Op {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         match self {
-            Op::Sum { len } => write!(f, "sum of {len} values"),
+            Op::Exchange { exchange, ranges } => {
+                f.write_str(&exchange.describe(ranges.last().map_or(0, |range| range.end)))
+            }
             Op::Reduce { len, reduction } => write!(f, "{reduction:?} of {len} numbers"),
             Op::Broadcast { root } => write!(f, "broadcast from rank {root}"),
             Op::Barrier => f.write_str("barrier"),
@@ -103,10 +111,11 @@ impl Group {
     /// `rank` calls its `number`-th collective; the last rank to arrive computes the results of all.
     fn arrive(&self, number: u64, rank: usize, op: Op, data: Data) -> Result<()> {
         let mut collectives = self.lock();
-        let empty = || Collective { op, data: (0..self.size).map(|_| None).collect(), arrived: 0, taken: 0 };
+        let empty =
+            || Collective { op: op.clone(), data: (0..self.size).map(|_| None).collect(), arrived: 0, taken: 0 };
         let collective = collectives.entry(number).or_insert_with(empty);
         if collective.op != op {
-            let other = collective.op;
+            let other = &collective.op;
             let why = format!(
                 "collective {number}: rank {rank} calls `{op}`, another rank `{other}`: all must call the same"
             );
@@ -116,7 +125,7 @@ impl Group {
         collective.data[rank] = Some(data);
         collective.arrived += 1;
         if collective.arrived == self.size {
-            combine(op, &mut collective.data, &self.job);
+            combine(&op, &mut collective.data, &self.job);
             self.changed.notify_all();
         }
         Ok(())
@@ -156,13 +165,15 @@ impl Group {
 }
 
 /// Turns what the ranks brought into what they take away.
-fn combine(op: Op, data: &mut [Option<Data>], job: &Arc<Job>) {
+fn combine(op: &Op, data: &mut [Option<Data>], job: &Arc<Job>) {
     match op {
-        Op::Sum { .. } => reduce(&mut singles(data), |a, b| a + b),
+        Op::Exchange { exchange: Exchange::Gather, ranges } => gather(&mut singles(data), ranges),
+        // Scattered too: a rank reads its part only.
+        Op::Exchange { .. } => reduce(&mut singles(data), |a, b| a + b),
         Op::Reduce { reduction: Reduction::Sum, .. } => reduce(&mut doubles(data), |a, b| a + b),
         Op::Reduce { reduction: Reduction::Max, .. } => reduce(&mut doubles(data), f64::max),
         Op::Broadcast { root } => {
-            let Some(Data::Bytes(bytes)) = &data[root] else { unreachable!("a broadcast brings bytes") };
+            let Some(Data::Bytes(bytes)) = &data[*root] else { unreachable!("a broadcast brings bytes") };
             let bytes = bytes.clone();
             data.fill_with(|| Some(Data::Bytes(bytes.clone())));
         }
@@ -178,6 +189,12 @@ fn reduce<T: Copy>(ranks: &mut [&mut Vec<T>], op: impl Fn(T, T) -> T) {
         first.iter_mut().zip(other.iter()).for_each(|(a, &b)| *a = op(*a, b));
     }
     others.iter_mut().for_each(|other| other.copy_from_slice(first));
+}
+
+/// Part k of every rank = that of rank k.
+fn gather(ranks: &mut [&mut Vec<f32>], parts: &[Range<usize>]) {
+    let gathered: Vec<f32> = parts.iter().zip(&*ranks).flat_map(|(part, own)| own[part.clone()].to_vec()).collect();
+    ranks.iter_mut().for_each(|rank| rank.copy_from_slice(&gathered));
 }
 
 fn singles(data: &mut [Option<Data>]) -> Vec<&mut Vec<f32>> {
@@ -206,10 +223,10 @@ fn split(data: &mut [Option<Data>], job: &Arc<Job>) {
 
 impl Thread {
     fn new(group: Arc<Group>, rank: usize, timeout: Duration, waited: Rc<Cell<Duration>>) -> Thread {
-        Thread { group, rank, called: 0, timeout, waited }
+        Thread { group, rank, called: 0, timeout, parcels: HashMap::new(), waited }
     }
 
-    fn start(&mut self, op: Op, data: Data) -> Result<Ticket> {
+    fn call(&mut self, op: Op, data: Data) -> Result<Ticket> {
         let number = self.called;
         self.called += 1;
         self.group.arrive(number, self.rank, op, data)?;
@@ -224,7 +241,7 @@ impl Thread {
     }
 
     fn collective(&mut self, op: Op, data: Data) -> Result<Data> {
-        let ticket = self.start(op, data)?;
+        let ticket = self.call(op, data)?;
         self.finish(ticket)
     }
 }
@@ -246,18 +263,28 @@ impl Communicator for Thread {
         self.waited.get()
     }
 
-    fn start_sum(&mut self, data: Vec<f32>) -> Result<Ticket> {
-        self.start(Op::Sum { len: data.len() }, Data::Singles(data))
+    fn start(&mut self, exchange: Exchange, parts: Vec<Vec<Tensor>>) -> Result<Ticket> {
+        exchange.check(&parts, self.size())?;
+        let parcel = Parcel::new(exchange, parts);
+        let data = parcel.pack(self.rank, &mut Pool::default())?;
+        let ticket = self.call(Op::Exchange { exchange, ranges: parcel.ranges.clone() }, Data::Singles(data))?;
+        self.parcels.insert(ticket, (exchange, parcel));
+        Ok(ticket)
     }
 
     fn progress(&mut self) -> Result<()> {
         Ok(())
     }
 
-    fn wait(&mut self, ticket: Ticket) -> Result<Vec<f32>> {
-        match self.finish(ticket)? {
-            Data::Singles(sums) => Ok(sums),
-            _ => bail!("{ticket:?} is not that of a sum"),
+    fn wait(&mut self, ticket: Ticket) -> Result<()> {
+        let Some((exchange, parcel)) = self.parcels.remove(&ticket) else {
+            bail!("{ticket:?} was not started or was waited for before");
+        };
+        let Data::Singles(values) = self.finish(ticket)? else { bail!("{ticket:?} is not that of an exchange") };
+        match exchange {
+            Exchange::Scatter => parcel.unpack(self.rank, &values[parcel.ranges[self.rank].clone()]),
+            Exchange::Gather => parcel.unpack_others(self.rank, &values),
+            Exchange::Sum => parcel.unpack_all(&values),
         }
     }
 

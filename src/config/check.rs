@@ -285,7 +285,17 @@ fn check_parallel(config: &Config) -> Result<()> {
     positive("parallel.timeout", parallel.timeout)?;
     at_least_one("parallel.sync_every", parallel.sync_every)?;
     check_placement(config)?;
-    ensure!(parallel.zero == 0, "parallel.zero = {} is not available in this version: use 0", parallel.zero);
+    ensure!(
+        parallel.zero <= 1,
+        "parallel.zero = {}: expected 0 or 1, other stages of ZeRO are not there",
+        parallel.zero
+    );
+    ensure!(
+        parallel.zero == 0 || (parallel.placement == Placement::Sequential && parallel.sync_every == 1),
+        "parallel.zero = 1 divides the optimizer's state among all ranks, so all must update together: it needs parallel.placement = \"sequential\" (now \"{}\") and parallel.sync_every = 1 (now {})",
+        parallel.placement,
+        parallel.sync_every
+    );
     Ok(())
 }
 

@@ -247,6 +247,11 @@ mod tests {
             ("[levels]\ncount = 2\ncontext = [256, 100]", "levels.context"),
             ("[cycle]\nkind = 'paper'\n[levels]\ncount = 2", "levels.transfer"),
             ("[parallel]\nzero = 7", "parallel.zero"),
+            ("[parallel]\nzero = 1\nsync_every = 2", "parallel.sync_every"),
+            (
+                "[parallel]\nzero = 1\nplacement = 'beside'\n[levels]\ncount = 2\n[cycle]\nkind = 'v'",
+                "parallel.placement",
+            ),
             ("[parallel]\nsync_every = 0", "parallel.sync_every"),
             ("[parallel]\ngroups = [1, 1]", "parallel.groups"),
             ("[parallel]\nplacement = 'cosets'\n[levels]\ncount = 2\n[cycle]\nkind = 'cascade'", "levels.transfer"),

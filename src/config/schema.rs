@@ -329,7 +329,7 @@ table! {
         groups: Vec<usize> = Vec::new(),
         /// Steps of a group until all meet. `levels.coset = "all"`: 1 sums the ends' gradients each step, more averages ends and their moments after so many. `beside`: counts the steps of the side with fewer. Signals and checkpoints wait for a meeting.
         sync_every: u64 = 1,
-        /// ZeRO stage: 0 = every rank holds all optimizer state.
+        /// ZeRO stage. 0: every rank keeps all moments of the optimizer. 1: each keeps and updates a part of the columns of every row; for placement `sequential` with `sync_every = 1` (docs/CLUSTER.md).
         zero: u64 = 0,
         /// Threads a rank computes with. 0 = the cores it may use, shared with the ranks on its node.
         threads: usize = 0,

@@ -1,7 +1,7 @@
 use super::transfer::Matrix;
 use crate::error::Result;
-use crate::model::Layout;
-use candle_core::Tensor;
+use crate::model::{Division, Layout, Shard};
+use candle_core::{Device, Tensor};
 
 /// Parameters with all that training keeps for them: R rows of P elements.
 pub struct Group {
@@ -11,7 +11,9 @@ pub struct Group {
     pub theta: Tensor,
     /// ∂L/∂θ [R, P].
     pub grad: Tensor,
-    /// Optimizer moments, each [R, P].
+    /// The columns whose moments this rank keeps, S of the P.
+    pub shard: Shard,
+    /// Optimizer moments, each [R, S].
     pub moments: Vec<Tensor>,
     /// Optimizer updates that each row's moments have seen (Adam's bias correction); moves with the rows.
     pub updates: Vec<u64>,
@@ -19,21 +21,35 @@ pub struct Group {
 
 impl Group {
     /// `moments` moments of zeros for `theta` [R, P], which stays the storage of the parameters.
-    pub fn new(layout: Layout, theta: Tensor, grad: Tensor, moments: usize) -> Result<Group> {
-        let moments = (0..moments).map(|_| theta.zeros_like()).collect::<candle_core::Result<_>>()?;
-        let updates = vec![0; theta.dim(0)?];
-        Ok(Group { layout, theta, grad, moments, updates })
+    pub fn new(layout: Layout, division: Division, theta: Tensor, grad: Tensor, moments: usize) -> Result<Group> {
+        let (shard, rows) = (Shard::new(&layout, division), theta.dim(0)?);
+        // A GPU has no tensors without elements.
+        let device = if shard.columns.is_empty() { &Device::Cpu } else { theta.device() };
+        let moment = |_| Tensor::zeros((rows, shard.columns.len()), theta.dtype(), device);
+        let moments = (0..moments).map(moment).collect::<candle_core::Result<_>>()?;
+        Ok(Group { layout, shard, theta, grad, moments, updates: vec![0; rows] })
+    }
+
+    /// ∂L/∂θ of one row [1, S]: the columns that this rank updates.
+    pub fn own_gradient(&self, row: usize) -> Result<Tensor> {
+        let columns = &self.shard.columns;
+        Ok(self.grad.narrow(0, row, 1)?.narrow(1, columns.start, columns.len())?)
+    }
+
+    /// The moments; none if this rank keeps no column: candle writes into no tensor without elements.
+    fn kept_moments(&self) -> &[Tensor] {
+        if self.shard.columns.is_empty() { &[] } else { &self.moments }
     }
 
     /// m = 0 for every moment and row (=), as if no update had been made.
     pub(super) fn reset_moments(&mut self) -> Result<()> {
         self.updates.fill(0);
-        Ok(self.moments.iter().try_for_each(Tensor::zero_set)?)
+        Ok(self.kept_moments().iter().try_for_each(Tensor::zero_set)?)
     }
 
     /// m_i = factors_i m_i for every moment (=).
     pub(super) fn scale_moments(&self, factors: &[f64]) -> Result<()> {
-        for (moment, &factor) in self.moments.iter().zip(factors) {
+        for (moment, &factor) in self.kept_moments().iter().zip(factors) {
             for row in 0..self.updates.len() {
                 moment.slice_set(&moment.narrow(0, row, 1)?.affine(factor, 0.0)?, 0, row)?;
             }
@@ -43,7 +59,7 @@ impl Group {
 
     /// m_i = factors_i M m_i(from) for every moment (=); a row takes the update count of the rows it is made of.
     pub(super) fn take_moments(&mut self, matrix: &Matrix, from: &Group, factors: &[f64]) -> Result<()> {
-        for ((to, from), &factor) in self.moments.iter().zip(&from.moments).zip(factors) {
+        for ((to, from), &factor) in self.kept_moments().iter().zip(&from.moments).zip(factors) {
             matrix.multiply(factor, from, 0.0, to)?;
         }
         for (row, count) in self.updates.iter_mut().enumerate() {

@@ -3,7 +3,7 @@ use super::coherence::Coherence;
 use super::transfer::{Transfer, transfer};
 use crate::config::{Config, LevelsTable, Placement};
 use crate::error::{Result, ensure};
-use crate::model::{Layout, Params, Spec};
+use crate::model::{Division, Layout, Params, Spec};
 use candle_core::Tensor;
 
 /// All levels of a net. Level 0 is the fine one; the ends are shared by all. (Where coarse levels are trained beside the
@@ -51,11 +51,13 @@ struct Coset {
 impl Hierarchy {
     /// The hierarchy over the fine `trajectory` [N, P] and `ends` [1, E], which stay the storage of the fine net.
     ///
-    /// `moments`: name of each optimizer moment and the power of the gradient it holds (1 for m, 2 for v).
+    /// `moments`: name of each optimizer moment and the power of the gradient it holds (1 for m, 2 for v); `division`: which of
+    /// their columns this rank keeps.
     pub fn new(
         config: &Config,
         spec: &Spec,
         moments: &[(&'static str, i32)],
+        division: Division,
         trajectory: Tensor,
         ends: Tensor,
     ) -> Result<Hierarchy> {
@@ -66,14 +68,14 @@ impl Hierarchy {
             let rows = config.rows(level);
             let theta = if level == 0 { trajectory.clone() } else { trajectory.narrow(0, 0, rows)?.zeros_like()? };
             // One buffer serves the gradients of all levels: only one level is differentiated at a time.
-            Group::new(Layout::block(spec), theta, gradient.narrow(0, 0, rows)?, moments.len())
+            Group::new(Layout::block(spec), division, theta, gradient.narrow(0, 0, rows)?, moments.len())
         };
         let groups = (0..owners).map(group).collect::<Result<Vec<_>>>()?;
         let copies = if config.parallel.placement == Placement::Beside { 2 } else { 1 };
         let ends_gradient = ends.zeros_like()?;
         let ends_group = |copy| {
             let theta = if copy == 0 { ends.clone() } else { ends.zeros_like()? };
-            Group::new(Layout::ends(spec), theta, ends_gradient.clone(), moments.len())
+            Group::new(Layout::ends(spec), division, theta, ends_gradient.clone(), moments.len())
         };
         let ends = (0..copies).map(ends_group).collect::<Result<Vec<_>>>()?;
         let level = |l: usize| Level::new(config, spec, l, &groups[l.min(owners - 1)], &ends[l.min(copies - 1)]);
@@ -114,6 +116,11 @@ impl Hierarchy {
     /// The tensors that hold `level`'s rows.
     pub fn group(&self, level: usize) -> &Group {
         &self.groups[self.owner(level)]
+    }
+
+    /// Whether each rank keeps and updates a part of the columns only (ZeRO-1).
+    pub fn is_sharded(&self) -> bool {
+        !self.ends[0].shard.is_whole()
     }
 
     /// Embeddings, final layer norm and head of the nets of `level`.

@@ -3,7 +3,7 @@
 use super::coherence::Coherence;
 use super::{Group, Half, Hierarchy};
 use crate::error::{Result, ensure};
-use crate::model::Layout;
+use crate::model::{Layout, Shard};
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
@@ -52,8 +52,10 @@ pub struct Named<'a> {
     /// Part of the fine net, all that an evaluation needs.
     pub fine_net: bool,
     pub layout: &'a Layout,
-    /// [R, P]; a reader writes into it in place.
+    /// [R, P], or [R, S] with the columns of `shard`; a reader writes into it in place.
     pub tensor: &'a Tensor,
+    /// The columns that this rank has of it; `None`: all.
+    pub shard: Option<&'a Shard>,
 }
 
 impl Hierarchy {
@@ -158,12 +160,14 @@ struct List<'a>(Vec<Named<'a>>);
 
 impl<'a> List<'a> {
     fn push(&mut self, name: String, fine_net: bool, layout: &'a Layout, tensor: &'a Tensor) {
-        self.0.push(Named { name, fine_net, layout, tensor });
+        self.0.push(Named { name, fine_net, layout, tensor, shard: None });
     }
 
     fn moments(&mut self, moments: &[(&str, i32)], prefix: &str, kind: &str, group: &'a Group) {
         for ((name, _), tensor) in moments.iter().zip(&group.moments) {
-            self.push(format!("{prefix}optimizer/{name}/{kind}"), false, &group.layout, tensor);
+            let shard = Some(&group.shard).filter(|shard| !shard.is_whole());
+            let name = format!("{prefix}optimizer/{name}/{kind}");
+            self.0.push(Named { name, fine_net: false, layout: &group.layout, tensor, shard });
         }
     }
 }

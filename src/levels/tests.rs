@@ -1,7 +1,7 @@
 use super::transfer::transfer;
 use super::*;
 use crate::config::{self, Config, StateRule, TransferKind, Update};
-use crate::model::{Net, Spec, initialize};
+use crate::model::{Division, Net, Spec, initialize};
 use candle_core::{DType, Device, Tensor};
 use std::collections::HashSet;
 
@@ -22,7 +22,7 @@ fn config(transfer: TransferKind, levels: &str) -> Config {
 fn hierarchy(config: &Config, dtype: DType) -> Hierarchy {
     let spec = Spec::new(config);
     let (ends, trajectory) = initialize(&spec, 1, dtype, CPU).unwrap();
-    Hierarchy::new(config, &spec, MOMENTS, trajectory, ends).unwrap()
+    Hierarchy::new(config, &spec, MOMENTS, Division::NONE, trajectory, ends).unwrap()
 }
 
 /// Every transfer operator with every update form that goes with it.
@@ -304,7 +304,7 @@ fn a_restored_hierarchy_goes_on_bit_for_bit() {
         }
         let snapshot = serde_json::to_string(&h.snapshot()).unwrap();
         let (ends, trajectory) = initialize(&spec, 2, DType::F32, CPU).unwrap();
-        let mut restored = Hierarchy::new(&config, &spec, MOMENTS, trajectory, ends).unwrap();
+        let mut restored = Hierarchy::new(&config, &spec, MOMENTS, Division::NONE, trajectory, ends).unwrap();
         restored.restore(&serde_json::from_str(&snapshot).unwrap()).unwrap();
         let (from, to) = (h.tensors().unwrap(), restored.tensors().unwrap());
         assert_eq!(from.len(), to.len());
@@ -316,7 +316,7 @@ fn a_restored_hierarchy_goes_on_bit_for_bit() {
             to.tensor.slice_set(from.tensor, 0, 0).unwrap();
         }
         let bytes: usize = from.iter().map(|named| 4 * named.tensor.elem_count()).sum();
-        let memory = memory(&config, &spec, MOMENTS.len());
+        let memory = memory(&config, &spec, MOMENTS.len(), Division::NONE);
         assert_eq!(bytes as u64, memory.total() - memory.gradients, "{:?}", config.levels);
         // What matters is that both go on alike.
         for net in [&mut h, &mut restored] {
@@ -333,6 +333,29 @@ fn a_restored_hierarchy_goes_on_bit_for_bit() {
         for (a, b) in h.tensors().unwrap().iter().zip(restored.tensors().unwrap()) {
             assert_eq!(a.name, b.name);
             assert_eq!(distance(a.tensor, b.tensor), 0.0, "{}", a.name);
+        }
+    });
+}
+
+#[test]
+fn moments_are_divided_among_ranks() {
+    each(|config| {
+        let (spec, elements) = (Spec::new(config), |h: &Hierarchy| {
+            let groups = h.groups.iter().chain(&h.ends);
+            groups.flat_map(|group| &group.moments).map(Tensor::elem_count).sum::<usize>()
+        });
+        let whole = elements(&hierarchy(config, DType::F32));
+        for (ranks, whole_matrices) in [(2, false), (3, false), (4, true), (9, true)] {
+            let division = |rank| Division { rank, ranks, whole_matrices };
+            let of_rank = |rank| {
+                let (ends, trajectory) = initialize(&spec, 1, DType::F32, CPU).unwrap();
+                elements(&Hierarchy::new(config, &spec, MOMENTS, division(rank), trajectory, ends).unwrap())
+            };
+            let parts: Vec<usize> = (0..ranks).map(of_rank).collect();
+            assert_eq!(parts.iter().sum::<usize>(), whole);
+            let largest = *parts.iter().max().unwrap();
+            assert_eq!(memory(config, &spec, MOMENTS.len(), division(0)).moments, 4 * largest as u64);
+            assert!(whole_matrices || largest * ranks * 10 < whole * 12, "{parts:?} of {whole}");
         }
     });
 }

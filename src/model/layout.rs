@@ -24,8 +24,9 @@ pub struct Segment {
     pub init: Init,
     /// Weight decay acts on matrices only.
     pub decay: bool,
-    /// A hidden matrix that Muon orthogonalises (not embeddings, not the head).
-    pub orthogonalize: bool,
+    /// Hidden matrices of equal height that it is, one below the other: those that Muon orthogonalises (not embeddings, not
+    /// the head). 0 if it is none.
+    pub matrices: usize,
 }
 
 impl Segment {
@@ -55,11 +56,11 @@ impl Layout {
         };
         let mut layout = Layout::default();
         layout.layer_norm("ln1", d);
-        layout.linear(["attn/qkv/weight", "attn/qkv/bias"], 3 * d, d, std);
-        layout.linear(["attn/proj/weight", "attn/proj/bias"], d, d, residual_std);
+        layout.linear(["attn/qkv/weight", "attn/qkv/bias"], 3, [3 * d, d], std);
+        layout.linear(["attn/proj/weight", "attn/proj/bias"], 1, [d, d], residual_std);
         layout.layer_norm("ln2", d);
-        layout.linear(["mlp/fc/weight", "mlp/fc/bias"], 4 * d, d, std);
-        layout.linear(["mlp/proj/weight", "mlp/proj/bias"], d, 4 * d, residual_std);
+        layout.linear(["mlp/fc/weight", "mlp/fc/bias"], 1, [4 * d, d], std);
+        layout.linear(["mlp/proj/weight", "mlp/proj/bias"], 1, [d, 4 * d], residual_std);
         layout
     }
 
@@ -83,22 +84,22 @@ impl Layout {
         self.segments.iter().map(Segment::len).sum()
     }
 
-    fn push(&mut self, name: &'static str, shape: Vec<usize>, init: Init, decay: bool, orthogonalize: bool) {
+    fn push(&mut self, name: &'static str, shape: Vec<usize>, init: Init, decay: bool, matrices: usize) {
         let offset = self.len();
-        self.segments.push(Segment { name, shape, offset, init, decay, orthogonalize });
+        self.segments.push(Segment { name, shape, offset, init, decay, matrices });
     }
 
     fn layer_norm(&mut self, name: &'static str, d: usize) {
-        self.push(name, vec![2, d], Init::LayerNorm, false, false);
+        self.push(name, vec![2, d], Init::LayerNorm, false, 0);
     }
 
-    fn linear(&mut self, [weight, bias]: [&'static str; 2], outputs: usize, inputs: usize, std: f64) {
-        self.push(weight, vec![outputs, inputs], Init::Normal(std), true, true);
-        self.push(bias, vec![outputs], Init::Zeros, false, false);
+    fn linear(&mut self, [weight, bias]: [&'static str; 2], matrices: usize, [outputs, inputs]: [usize; 2], std: f64) {
+        self.push(weight, vec![outputs, inputs], Init::Normal(std), true, matrices);
+        self.push(bias, vec![outputs], Init::Zeros, false, 0);
     }
 
     fn embedding(&mut self, name: &'static str, rows: usize, d: usize, std: f64) {
-        self.push(name, vec![rows, d], Init::Normal(std), true, false);
+        self.push(name, vec![rows, d], Init::Normal(std), true, 0);
     }
 }
 
@@ -135,8 +136,8 @@ mod tests {
         };
         let hidden = ["attn/qkv/weight", "attn/proj/weight", "mlp/fc/weight", "mlp/proj/weight"];
         assert_eq!(names(&Layout::block(&spec), |s| s.decay), hidden);
-        assert_eq!(names(&Layout::block(&spec), |s| s.orthogonalize), hidden);
+        assert_eq!(names(&Layout::block(&spec), |s| s.matrices > 0), hidden);
         assert_eq!(names(&Layout::ends(&spec), |s| s.decay), ["wte", "wpe", "head"]);
-        assert!(names(&Layout::ends(&spec), |s| s.orthogonalize).is_empty());
+        assert!(names(&Layout::ends(&spec), |s| s.matrices > 0).is_empty());
     }
 }

@@ -12,6 +12,7 @@ mod integrator;
 mod layout;
 mod net;
 mod params;
+mod shard;
 mod spec;
 mod tape;
 
@@ -20,4 +21,5 @@ pub use init::initialize;
 pub use layout::{Init, Layout, Segment};
 pub use net::{Net, Ready};
 pub use params::{Params, Rounded};
+pub use shard::{Division, Shard};
 pub use spec::Spec;

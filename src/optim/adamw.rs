@@ -14,7 +14,7 @@ use super::pass::{Elements, Rule, Step};
 use super::{Hyper, Moment, Optimizer};
 use crate::config::OptimizerTable;
 use crate::error::Result;
-use crate::model::{Layout, Segment};
+use crate::model::{Segment, Shard};
 #[cfg(any(feature = "cuda", test))]
 use crate::ops::cuda::{AdamWRule, Gpu};
 use crate::ops::real::Real;
@@ -99,7 +99,7 @@ impl Optimizer for AdamW {
 
     fn step(
         &self,
-        layout: &Layout,
+        shard: &Shard,
         rows: &[usize],
         updates: &[u64],
         theta: &Tensor,
@@ -107,6 +107,6 @@ impl Optimizer for AdamW {
         moments: &[Tensor],
         hyper: &Hyper,
     ) -> Result<()> {
-        Step { layout, rows, updates, theta, grad, moments, hyper }.apply(self)
+        Step { shard, rows, updates, theta, grad, moments, hyper }.apply(self)
     }
 }

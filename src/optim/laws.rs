@@ -1,7 +1,7 @@
 //! Laws of update rules, over all of them.
 
 use super::*;
-use crate::model::{Init, Segment};
+use crate::model::{Division, Init, Layout, Segment, Shard};
 use candle_core::{DType, Device};
 
 /// A row with every kind of segment; the embedding is longer than a piece of the pass.
@@ -12,16 +12,16 @@ fn layout() -> Layout {
 /// As [`layout`], with an embedding of `vocab` tokens.
 fn layout_with(vocab: usize) -> Layout {
     let mut layout = Layout { segments: Vec::new() };
-    for (name, shape, decay, orthogonalize) in [
-        ("ln1", vec![2, 4], false, false),
-        ("attn/qkv/weight", vec![12, 4], true, true),
-        ("mlp/fc/weight", vec![16, 4], true, true),
-        ("mlp/fc/bias", vec![16], false, false),
-        ("mlp/proj/weight", vec![4, 16], true, true),
-        ("wte", vec![vocab, 5], true, false),
+    for (name, shape, decay, matrices) in [
+        ("ln1", vec![2, 4], false, 0),
+        ("attn/qkv/weight", vec![12, 4], true, 3),
+        ("mlp/fc/weight", vec![16, 4], true, 1),
+        ("mlp/fc/bias", vec![16], false, 0),
+        ("mlp/proj/weight", vec![4, 16], true, 1),
+        ("wte", vec![vocab, 5], true, 0),
     ] {
         let offset = layout.len();
-        layout.segments.push(Segment { name, shape, offset, init: Init::Zeros, decay, orthogonalize });
+        layout.segments.push(Segment { name, shape, offset, init: Init::Zeros, decay, matrices });
     }
     layout
 }
@@ -57,6 +57,7 @@ fn values(x: &Tensor) -> Vec<f64> {
 struct Run {
     optimizer: Box<dyn Optimizer>,
     layout: Layout,
+    shard: Shard,
     theta: Tensor,
     moments: Vec<Tensor>,
     updates: [u64; ROWS],
@@ -68,10 +69,17 @@ impl Run {
     }
 
     fn with_layout(table: &OptimizerTable, dtype: DType, layout: Layout) -> Run {
+        Run::of_rank(table, dtype, layout, 0, 1)
+    }
+
+    /// What one of `ranks` ranks keeps.
+    fn of_rank(table: &OptimizerTable, dtype: DType, layout: Layout, rank: usize, ranks: usize) -> Run {
         let optimizer = new(table);
-        let n = ROWS * layout.len();
-        let moments = optimizer.moments().iter().map(|_| tensor(&vec![0.0; n], dtype)).collect();
-        Run { optimizer, layout, theta: tensor(&wave(n, 0.3), dtype), moments, updates: [0; ROWS] }
+        let shard = Shard::new(&layout, Division { rank, ranks, whole_matrices: optimizer.whole_matrices() });
+        let kept = vec![0.0; ROWS * shard.columns.len()];
+        let moments = optimizer.moments().iter().map(|_| tensor(&kept, dtype)).collect();
+        let theta = tensor(&wave(ROWS * layout.len(), 0.3), dtype);
+        Run { optimizer, layout, shard, theta, moments, updates: [0; ROWS] }
     }
 
     fn gradient(&self, step: usize) -> Vec<f64> {
@@ -81,8 +89,8 @@ impl Run {
     fn step(&mut self, rows: &[usize], grad: &[f64]) {
         let updates: Vec<_> = rows.iter().map(|&row| self.updates[row]).collect();
         let grad = tensor(grad, self.theta.dtype());
-        let Run { optimizer, layout, theta, moments, .. } = self;
-        optimizer.step(layout, rows, &updates, theta, &grad, moments, &HYPER).unwrap();
+        let Run { optimizer, shard, theta, moments, .. } = self;
+        optimizer.step(shard, rows, &updates, theta, &grad, moments, &HYPER).unwrap();
         rows.iter().for_each(|&row| self.updates[row] += 1);
     }
 
@@ -100,9 +108,8 @@ mod naive {
             let first = row * layout.len() + segment.offset;
             let range = first..first + segment.len();
             let weight_decay = if segment.decay { table.weight_decay } else { 0.0 };
-            match (table.kind, segment.orthogonalize) {
-                (OptimizerKind::Muon, true) => {
-                    let parts = if segment.name.contains("qkv") { 3 } else { 1 };
+            match (table.kind, segment.matrices) {
+                (OptimizerKind::Muon, parts @ 1..) => {
                     let len = segment.len() / parts;
                     for part in 0..parts {
                         matrix(table, segment.shape[1], weight_decay, g, state, first + part * len, len);
@@ -227,6 +234,45 @@ fn a_gpu_updates_as_the_cpu() {
     }
 }
 
+/// The columns of a tensor [ROWS, P].
+fn columns(values: &[f64], width: usize, columns: &std::ops::Range<usize>) -> Vec<f64> {
+    values.chunks_exact(width).flat_map(|row| row[columns.clone()].to_vec()).collect()
+}
+
+/// Shards that ranks update by themselves are what one rank makes of the whole, bit for bit, on the CPU and by the kernels of a GPU;
+/// nothing else changes. More ranks than matrices: some have nothing.
+#[test]
+fn shards_are_updated_as_the_whole() {
+    let law = |numbers: &[usize]| {
+        for table in tables() {
+            let steps: [&[usize]; 3] = [&[0, 1, 2], &[2, 0], &[1]];
+            let mut whole = Run::with_layout(&table, DType::F32, layout_with(41));
+            let (before, width) = (whole.state(), whole.layout.len());
+            steps.iter().enumerate().for_each(|(step, rows)| whole.step(rows, &whole.gradient(step)));
+            for &ranks in numbers {
+                for rank in 0..ranks {
+                    let mut part = Run::of_rank(&table, DType::F32, layout_with(41), rank, ranks);
+                    steps.iter().enumerate().for_each(|(step, rows)| part.step(rows, &part.gradient(step)));
+                    let own = part.shard.columns.clone();
+                    let mut expected = before[0].clone();
+                    for row in 0..ROWS {
+                        let at = row * width;
+                        expected[at + own.start..at + own.end]
+                            .copy_from_slice(&whole.state()[0][at + own.start..at + own.end]);
+                    }
+                    let state = part.state();
+                    assert_eq!(state[0], expected, "{} rank {rank} of {ranks}", table.kind);
+                    for (k, moment) in state.iter().enumerate().skip(1) {
+                        assert_eq!(*moment, columns(&whole.state()[k], width, &own), "{} moment {k}", table.kind);
+                    }
+                }
+            }
+        }
+    };
+    law(&[2, 3, 4, 9]);
+    crate::ops::cuda::emulate::run(|| law(&[3]));
+}
+
 #[test]
 fn only_the_given_rows_change() {
     for table in tables() {
@@ -293,7 +339,7 @@ fn wrong_arguments_are_refused() {
         let run = Run::new(&table, DType::F32);
         let (step, grad) = (
             |rows: &[usize], updates: &[u64], theta: &Tensor, grad: &Tensor| {
-                run.optimizer.step(&run.layout, rows, updates, theta, grad, &run.moments, &HYPER)
+                run.optimizer.step(&run.shard, rows, updates, theta, grad, &run.moments, &HYPER)
             },
             run.theta.zeros_like().unwrap(),
         );
@@ -340,7 +386,7 @@ fn rules_equal_pytorch() {
         let table = OptimizerTable { kind, nesterov, weight_decay, muon_lr_ratio: 1.0, ..Default::default() };
         let optimizer = new(&table);
         let (name, shape) = ("matrix", shape.to_vec());
-        let segment = Segment { name, shape, offset: 0, init: Init::Zeros, decay: true, orthogonalize: true };
+        let segment = Segment { name, shape, offset: 0, init: Init::Zeros, decay: true, matrices: 1 };
         let layout = Layout { segments: vec![segment] };
         let row = |f: &dyn Fn(f64) -> f64| {
             let values: Vec<f64> = (0..6).map(|i| f(i as f64)).collect();
@@ -351,7 +397,7 @@ fn rules_equal_pytorch() {
         let hyper = Hyper { lr: 0.1, gradient_scale: 1.0, eps_scale: 1.0 };
         for t in 0..3 {
             let grad = row(&|i| (i * i + t as f64).cos());
-            optimizer.step(&layout, &[0], &[t], &theta, &grad, &moments, &hyper).unwrap();
+            optimizer.step(&Shard::whole(&layout), &[0], &[t], &theta, &grad, &moments, &hyper).unwrap();
         }
         for (got, expected) in values(&theta).into_iter().zip(expected) {
             assert!((got - expected).abs() < tolerance, "{kind} nesterov {nesterov}: {got} is not {expected}");

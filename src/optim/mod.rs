@@ -13,9 +13,9 @@ pub use muon::Muon;
 pub use schedule::learning_rate;
 pub use sgd::Sgd;
 
-use crate::config::{OptimizerKind, OptimizerTable};
+use crate::config::{OptimizerKind, OptimizerTable, ParallelTable};
 use crate::error::Result;
-use crate::model::Layout;
+use crate::model::{Division, Shard};
 use candle_core::Tensor;
 
 /// A tensor of optimizer state, of the shape of the parameters.
@@ -38,15 +38,19 @@ pub struct Hyper {
     pub eps_scale: f64,
 }
 
-/// An update rule. `theta`, `grad` and every moment are [R, P]; only `rows` change. `updates[i]` counts the updates that row
-/// `rows[i]` has had before this one (Adam's bias correction).
+/// An update rule. `theta` and `grad` are [R, P], every moment [R, S], S the columns of `shard`; only those of `rows` change.
+/// `updates[i]` counts the updates that row `rows[i]` has had before this one (Adam's bias correction).
 pub trait Optimizer: Send + Sync {
     fn name(&self) -> &'static str;
     fn moments(&self) -> &'static [Moment];
+    /// The update of an element follows from its whole matrix, so no shard may cut one.
+    fn whole_matrices(&self) -> bool {
+        false
+    }
     #[allow(clippy::too_many_arguments)]
     fn step(
         &self,
-        layout: &Layout,
+        shard: &Shard,
         rows: &[usize],
         updates: &[u64],
         theta: &Tensor,
@@ -62,6 +66,14 @@ pub fn new(table: &OptimizerTable) -> Box<dyn Optimizer> {
         OptimizerKind::Sgd => Box::new(Sgd::new(table)),
         OptimizerKind::AdamW => Box::new(AdamW::new(table)),
         OptimizerKind::Muon => Box::new(Muon::new(table)),
+    }
+}
+
+/// How the config divides the state of `optimizer` among ranks.
+pub fn division(table: &ParallelTable, optimizer: &dyn Optimizer, rank: usize, ranks: usize) -> Division {
+    match table.zero {
+        0 => Division::NONE,
+        _ => Division { rank, ranks, whole_matrices: optimizer.whole_matrices() },
     }
 }
 

@@ -20,7 +20,7 @@ use super::pass::{Elements, Rule, Step};
 use super::{AdamW, Hyper, Moment, Optimizer};
 use crate::config::OptimizerTable;
 use crate::error::Result;
-use crate::model::{Layout, Segment};
+use crate::model::{Segment, Shard};
 #[cfg(any(feature = "cuda", test))]
 use crate::ops::cuda::{Address, Gpu, Operand};
 use crate::ops::matrix::{Mat, MatMut, multiply};
@@ -98,8 +98,8 @@ impl Muon {
 /// Shape and number of the matrices that a segment is, if Muon orthogonalises it.
 fn matrices(segment: &Segment) -> Option<([usize; 2], usize)> {
     let &[rows, columns] = &segment.shape[..] else { return None };
-    let count = if segment.name.ends_with("qkv/weight") { 3 } else { 1 };
-    segment.orthogonalize.then_some(([rows / count, columns], count))
+    let count = segment.matrices;
+    (count > 0).then(|| ([rows / count, columns], count))
 }
 
 #[cfg(any(feature = "cuda", test))]
@@ -240,6 +240,10 @@ impl Optimizer for Muon {
         Muon::NAME
     }
 
+    fn whole_matrices(&self) -> bool {
+        true
+    }
+
     /// On the hidden matrices m is the momentum B and v is not used.
     fn moments(&self) -> &'static [Moment] {
         &[Moment { name: "m", power: 1 }, Moment { name: "v", power: 2 }]
@@ -247,7 +251,7 @@ impl Optimizer for Muon {
 
     fn step(
         &self,
-        layout: &Layout,
+        shard: &Shard,
         rows: &[usize],
         updates: &[u64],
         theta: &Tensor,
@@ -255,7 +259,7 @@ impl Optimizer for Muon {
         moments: &[Tensor],
         hyper: &Hyper,
     ) -> Result<()> {
-        Step { layout, rows, updates, theta, grad, moments, hyper }.apply(self)
+        Step { shard, rows, updates, theta, grad, moments, hyper }.apply(self)
     }
 }
 

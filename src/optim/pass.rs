@@ -5,7 +5,7 @@
 
 use super::Hyper;
 use crate::error::{Result, bail, ensure};
-use crate::model::{Layout, Segment};
+use crate::model::{Layout, Segment, Shard};
 use crate::ops::access::{check, on_device, read, write};
 #[cfg(any(feature = "cuda", test))]
 use crate::ops::cuda::{Address, Gpu, Stretch, Stretches};
@@ -14,6 +14,7 @@ use crate::ops::real::{PIECE, Real, vectorized};
 #[cfg(any(feature = "cuda", test))]
 use candle_core::DType;
 use candle_core::Tensor;
+use rayon::prelude::*;
 use std::ops::Range;
 
 /// Elements that are updated together: two vectors of AVX2.
@@ -24,12 +25,12 @@ pub trait Rule<const N: usize>: Sync {
     const NAME: &str;
     /// Updates one segment of one row with its `t`-th gradient, t = 1, 2, ...
     fn update<T: Real>(&self, segment: &Segment, t: u64, hyper: &Hyper, elements: Elements<T, N>);
-    /// Updates all segments of one row on a GPU.
+    /// Updates all segments of one row's shard on a GPU.
     #[cfg(any(feature = "cuda", test))]
     fn launch(&self, gpu: &Gpu, row: &GpuRow<N>) -> Result<()>;
 }
 
-/// A row on a GPU, with its `t`-th gradient; everything is f32.
+/// The shard of a row on a GPU, with its `t`-th gradient; everything is f32.
 #[cfg(any(feature = "cuda", test))]
 pub struct GpuRow<'a, const N: usize> {
     pub layout: &'a Layout,
@@ -150,7 +151,7 @@ impl<'a, T: Real, const N: usize> Elements<'a, T, N> {
 
 /// The tensors and numbers of one optimizer step; see [`super::Optimizer::step`].
 pub struct Step<'a> {
-    pub layout: &'a Layout,
+    pub shard: &'a Shard,
     pub rows: &'a [usize],
     pub updates: &'a [u64],
     pub theta: &'a Tensor,
@@ -163,6 +164,9 @@ impl Step<'_> {
     /// Applies `rule` to every segment of every row.
     pub fn apply<const N: usize>(&self, rule: &impl Rule<N>) -> Result<()> {
         let _time = profile::time("optimizer");
+        if self.shard.columns.is_empty() {
+            return Ok(());
+        }
         on_device!(rule_name(rule), self.theta, gpu => self.launch(&gpu, rule), T => self.apply_as::<T, N>(rule))
     }
 
@@ -171,14 +175,18 @@ impl Step<'_> {
         let name = rule_name(rule);
         self.check(name, N - 1)?;
         ensure!(self.theta.dtype() == DType::F32, "{name}: a GPU updates f32, not {:?}", self.theta.dtype());
-        let bytes = self.layout.len() * size_of::<f32>();
+        let Shard { layout, columns, .. } = self.shard;
+        let (width, kept) = (self.shard.width(), columns.len());
         for (&row, &updates) in self.rows.iter().zip(self.updates) {
-            let place = |tensor: &Tensor| -> Result<Address> { Ok(gpu.at(tensor)?.offset(row * bytes)) };
-            let mut written = [place(self.theta)?; N];
+            let place = |tensor: &Tensor, element: usize| -> Result<Address> {
+                Ok(gpu.at(tensor)?.offset(element * size_of::<f32>()))
+            };
+            let first = row * width + columns.start;
+            let mut written = [place(self.theta, first)?; N];
             for (written, moment) in written[1..].iter_mut().zip(self.moments) {
-                *written = place(moment)?;
+                *written = place(moment, row * kept)?;
             }
-            let (layout, hyper, grad) = (self.layout, self.hyper, place(self.grad)?);
+            let (hyper, grad) = (self.hyper, place(self.grad, first)?);
             rule.launch(gpu, &GpuRow { layout, t: updates + 1, hyper, grad, written })?;
         }
         Ok(())
@@ -191,22 +199,39 @@ impl Step<'_> {
             let mut written = std::array::from_fn(|_| Default::default());
             written[0] = theta;
             write_moments(self.moments, written, &mut |written| {
-                let elements = Elements { grad: &grad[..], written };
-                self.update_rows(rule, height, elements);
+                self.update_rows(rule, height, &grad, written);
                 Ok(())
             })
         })
     }
 
-    fn update_rows<T: Real, const N: usize>(&self, rule: &impl Rule<N>, height: usize, all: Elements<T, N>) {
-        let (segments, width) = (&self.layout.segments, self.layout.len());
-        all.for_each_part(0..height, &|row| row * width, &|row, elements| {
-            let Some(i) = self.rows.iter().position(|&chosen| chosen == row) else { return };
-            let t = self.updates[i] + 1;
+    fn update_rows<T: Real, const N: usize>(
+        &self,
+        rule: &impl Rule<N>,
+        height: usize,
+        grad: &[T],
+        written: [&mut [T]; N],
+    ) {
+        let Shard { layout: Layout { segments }, columns, .. } = self.shard;
+        let chosen = |row: usize| Some(self.updates[self.rows.iter().position(|&chosen| chosen == row)?] + 1);
+        let update = |(row, elements): (usize, Elements<T, N>)| {
+            let Some(t) = chosen(row) else { return };
             elements.for_each_part(0..segments.len(), &|s| segments[s].offset, &|s, elements| {
                 rule.update(&segments[s], t, self.hyper, elements);
             });
+        };
+        let width = self.shard.width();
+        let mut tensors = written.map(|tensor| tensor.chunks_exact_mut(tensor.len() / height));
+        let rows = (0..height).map(|row| {
+            let grad = &grad[row * width..][columns.clone()];
+            let written = tensors.each_mut().map(|rows| {
+                let row = rows.next().expect("a row of each tensor");
+                // θ has all columns, a moment the shard's.
+                if row.len() == columns.len() { row } else { &mut row[columns.clone()] }
+            });
+            (row, Elements { grad, written })
         });
+        rows.collect::<Vec<_>>().into_par_iter().for_each(update);
     }
 
     /// Returns the number of rows of the tensors.
@@ -214,7 +239,8 @@ impl Step<'_> {
         let &[height, width] = self.theta.dims() else {
             bail!("{name}: theta has shape {:?}, expected [rows, parameters]", self.theta.dims());
         };
-        ensure!(width == self.layout.len(), "{name}: a row has {width} elements, its layout {}", self.layout.len());
+        let (expected, kept) = (self.shard.width(), [height, self.shard.columns.len()]);
+        ensure!(width == expected, "{name}: a row has {width} elements, its layout {expected}");
         ensure!(self.moments.len() == moments, "{name} keeps {moments} moments, not {}", self.moments.len());
         ensure!(
             self.updates.len() == self.rows.len() && self.rows.iter().all(|&row| row < height),
@@ -225,7 +251,7 @@ impl Step<'_> {
         let (dtype, shape) = (self.theta.dtype(), [height, width]);
         check(name, dtype, &[("grad", self.grad, &shape)], &[("theta", self.theta, &shape)])?;
         for moment in self.moments {
-            check(name, dtype, &[("theta", self.theta, &shape)], &[("a moment", moment, &shape)])?;
+            check(name, dtype, &[("theta", self.theta, &shape)], &[("a moment", moment, &kept)])?;
         }
         Ok(height)
     }

@@ -12,7 +12,7 @@ use super::pass::{Elements, Rule, Step};
 use super::{Hyper, Moment, Optimizer};
 use crate::config::OptimizerTable;
 use crate::error::Result;
-use crate::model::{Layout, Segment};
+use crate::model::{Segment, Shard};
 #[cfg(any(feature = "cuda", test))]
 use crate::ops::cuda::Gpu;
 use crate::ops::real::Real;
@@ -71,7 +71,7 @@ impl Optimizer for Sgd {
 
     fn step(
         &self,
-        layout: &Layout,
+        shard: &Shard,
         rows: &[usize],
         updates: &[u64],
         theta: &Tensor,
@@ -79,6 +79,6 @@ impl Optimizer for Sgd {
         moments: &[Tensor],
         hyper: &Hyper,
     ) -> Result<()> {
-        Step { layout, rows, updates, theta, grad, moments, hyper }.apply(self)
+        Step { shard, rows, updates, theta, grad, moments, hyper }.apply(self)
     }
 }

@@ -58,11 +58,28 @@ fn gpu() -> Result<Device> {
     )
 }
 
-/// Two ranks on one GPU take turns and are slower than one: an error that names them, unless VCYCLE_SHARE_GPU is set, for
-/// tests. Collective.
-pub fn refuse_shared_gpus(comm: &mut dyn Communicator, device: &Device) -> Result<()> {
+/// The ranks of `comm` as a group that exchanges what is on their GPUs by NCCL; `None` for one rank, and for CPUs. Collective.
+pub fn group_of_gpus(comm: &mut dyn Communicator, device: &Device) -> Result<Option<Box<dyn Communicator>>> {
+    check_gpus(comm, device)?;
+    #[cfg(feature = "cuda")]
+    if let (Device::Cuda(device), 2..) = (device, comm.size()) {
+        let host = comm.split(Some(0))?.expect("a rank with a colour is in a group");
+        return Ok(Some(Box::new(crate::comm::Nccl::new(host, device)?)));
+    }
+    Ok(None)
+}
+
+/// All ranks have a GPU or none. Two ranks on one GPU take turns and are slower than one: an error that names them, unless
+/// VCYCLE_SHARE_GPU is set, for tests. Collective.
+fn check_gpus(comm: &mut dyn Communicator, device: &Device) -> Result<()> {
     let own = agree(comm, identity(device))?;
     let all = gather(comm, own)?;
+    let without: Vec<usize> = (0..all.len()).filter(|&rank| all[rank].is_empty()).collect();
+    ensure!(
+        without.is_empty() || without.len() == all.len(),
+        "rank {} has no GPU, others have: start no more ranks a node than it has GPUs, or set parallel.device = \"cpu\"",
+        without[0]
+    );
     if std::env::var_os("VCYCLE_SHARE_GPU").is_some() {
         return Ok(());
     }
@@ -122,7 +139,14 @@ mod tests {
 
     #[test]
     fn ranks_on_cpus_pass() {
-        let passed = thread::run(2, |comm| refuse_shared_gpus(comm, &Device::Cpu).is_ok());
+        let passed = thread::run(2, |comm| group_of_gpus(comm, &Device::Cpu).is_ok_and(|group| group.is_none()));
         assert_eq!(passed, [true; 2]);
+    }
+
+    #[test]
+    fn a_cpu_refuses_bf16() {
+        let config = crate::config::parse("[data]\ndir = 'x'\n[model]\ndtype = 'bf16'", &[]).unwrap();
+        let refused = device(&config).unwrap_err().to_string();
+        assert!(refused.starts_with("model.dtype = \"bf16\" needs a GPU"), "{refused}");
     }
 }

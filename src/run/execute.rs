@@ -1,17 +1,17 @@
 //! Carries out what [`Places`] gives this rank to do.
 
-use super::gradient::{Ends, Target, square_of_gradient, square_of_rows};
+use super::gradient::{Ends, Target, square_of_ends, square_of_gradient, square_of_rows};
 use super::learner::{Correction, Learner, StepReport};
 use super::progress::{COARSE_SEQUENCES, Progress, coset_at};
 use super::teams::{self, Teams};
-use crate::comm::{Communicator, Reduction};
+use crate::comm::{Communicator, Exchange, Reduction};
 use crate::config::Config;
 use crate::cycle::{Coset, Groups, LocalOp, Op, Places, Round, Side, Smooth, own_cosets};
 use crate::error::{Context, Result};
 use crate::levels::{Half, Snapshot};
-use crate::ops::{access, norm};
+use crate::ops::access;
 use crate::optim;
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use std::time::{Duration, Instant};
 
 /// One rank's net with the ranks that it works with.
@@ -100,9 +100,9 @@ struct Idle {
 #[derive(Default)]
 struct Tally {
     loss: [f64; 2],
-    /// Squares of gradient norms, each counted by one rank.
+    /// Squares of gradient norms, each counted by one rank, or by each in the columns that it updates.
     squares: [f64; 2],
-    /// Square of the shared gradient of the ends: the same on every rank, not summed.
+    /// Square of the shared gradient of the ends, counted alike.
     ends: f64,
 }
 
@@ -138,7 +138,8 @@ impl Executor {
                 LocalOp::Update { level, cosets, nets } => {
                     if report.is_finite() {
                         let cosets: Vec<usize> = cosets.iter().map(|&coset| self.coset(now, level, coset)).collect();
-                        self.learner.update(level, &cosets, report.main.lr, report.main.grad_norm, nets)?;
+                        let StepReport { lr, grad_norm, .. } = report.main;
+                        self.learner.update(comm, level, &cosets, lr, grad_norm, nets)?;
                         self.count_others(round, level, nets, 1, comm.rank());
                     }
                 }
@@ -206,7 +207,7 @@ impl Executor {
             true if target.coset == own.start => Ends::Start,
             true => Ends::Add,
         };
-        let counts = groups.is_root(comm.rank());
+        let counts = groups.is_root(comm.rank()) || self.learner.hierarchy.is_sharded();
         let first = sequence(now, Side::Main, first);
         tally.loss[0] += self.learner.gradient(self.teams.own(comm, groups), target, first, ends)?;
         let hierarchy = &self.learner.hierarchy;
@@ -221,7 +222,8 @@ impl Executor {
         let Learner { differentiator, hierarchy, .. } = &mut self.learner;
         self.idle.measure(|| differentiator.share_ends(comm, hierarchy, level))?;
         let nets = self.places.nets(level, coset) as f64;
-        tally.ends = norm::sum_of_squares(&hierarchy.ends(level).grad)? / (nets * nets);
+        let counts = comm.rank() == 0 || hierarchy.is_sharded();
+        tally.ends = if counts { square_of_ends(hierarchy, level)? / (nets * nets) } else { 0.0 };
         Ok(())
     }
 
@@ -231,8 +233,8 @@ impl Executor {
     fn meet(&mut self, comm: &mut dyn Communicator, now: &Now, tally: &Tally, report: &mut RoundReport) -> Result<()> {
         let round = now.round;
         let group = round.groups.of(comm.rank());
-        let mut sums =
-            vec![now.wishes[0], now.wishes[1], tally.loss[0], tally.loss[1], tally.squares[0], tally.squares[1]];
+        let Tally { loss, squares, ends } = tally;
+        let mut sums = vec![now.wishes[0], now.wishes[1], loss[0], loss[1], squares[0], squares[1], *ends];
         let numbers = sums.len();
         sums.resize(numbers + round.groups.len(), 0.0);
         let waited = std::mem::take(&mut self.idle.waited);
@@ -242,13 +244,14 @@ impl Executor {
         self.idle.measure(|| comm.reduce(&mut sums, Reduction::Sum))?;
         self.idle.sums.iter_mut().zip(&sums[numbers..]).for_each(|(sum, seconds)| *sum += seconds);
         report.wishes = [sums[0], sums[1]];
+        let ends = sums[6];
         let mean = |side: usize, steps: u64, ends: f64, lr: f64| StepReport {
             loss: sums[2 + side] / steps as f64,
             grad_norm: (sums[4 + side] / steps as f64 + ends).sqrt(),
             lr,
         };
         let lr = learning_rate(now, level_of(&round.main), 0, now.progress.since_switch);
-        report.main = mean(0, self.places.net_steps(round), tally.ends, lr);
+        report.main = mean(0, self.places.net_steps(round), ends, lr);
         report.coarse = round
             .coarse_start()
             .map(|(level, since)| mean(1, round.coarse_steps(), 0.0, learning_rate(now, level, 0, Some(since))));
@@ -325,11 +328,17 @@ impl Executor {
     /// Ends = (Σ over all nets) / nets, θ_e and moments alike.
     fn share_ends(&mut self, comm: &mut dyn Communicator, level: usize, nets: usize, steps: u64) -> Result<()> {
         let sums = std::mem::take(&mut self.fork.sums);
-        let mut means = self.idle.measure(|| {
-            let tickets = sums.into_iter().map(|sum| comm.start_sum(sum)).collect::<Result<Vec<_>>>()?;
-            tickets.into_iter().map(|ticket| comm.wait(ticket)).collect::<Result<Vec<_>>>()
+        let tensor = |sum: Vec<f32>| {
+            let len = sum.len();
+            Tensor::from_vec(sum, len, &Device::Cpu)
+        };
+        let sums = sums.into_iter().map(tensor).collect::<candle_core::Result<Vec<_>>>()?;
+        self.idle.measure(|| {
+            let ticket = comm.start(Exchange::Sum, vec![sums.clone()])?;
+            comm.wait(ticket)
         })?;
-        means.iter_mut().flatten().for_each(|x| *x /= nets as f32);
+        let mean = |sum: &Tensor| Ok(access::read::<f32>(sum)?.iter().map(|x| x / nets as f32).collect());
+        let means = sums.iter().map(mean).collect::<Result<Vec<Vec<f32>>>>()?;
         let hierarchy = &mut self.learner.hierarchy;
         teams::set(&ends_tensors(hierarchy.ends(level)), &means)?;
         hierarchy.set_ends_updates(level, self.fork.updates + steps);

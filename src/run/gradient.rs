@@ -1,10 +1,10 @@
 //! The gradient of the mean loss over global batches, summed over ranks.
 
-use crate::comm::{Buckets, Communicator};
+use crate::comm::{Buckets, Communicator, Exchange};
 use crate::config::Config;
 use crate::data::{Batch, Dataset, Sampler, Split, share};
 use crate::error::{Result, ensure};
-use crate::levels::Hierarchy;
+use crate::levels::{Group, Hierarchy};
 use crate::model::{Net, Params, Ready, Rounded, Spec};
 use crate::ops::{access, norm};
 use candle_core::{DType, Device};
@@ -24,7 +24,8 @@ pub struct Differentiator {
     rounded: Option<Rounded>,
     sampler: Sampler,
     batch: Batch,
-    buckets: Buckets,
+    sums: Buckets,
+    scattered: Buckets,
     /// T
     context: usize,
     /// Sequences that are differentiated at once.
@@ -40,6 +41,14 @@ pub enum Ends {
     Start,
     /// += this rank's part.
     Add,
+}
+
+/// Which ranks get the sum of a gradient.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Receivers {
+    All,
+    /// Each rank the columns that it updates: all of them, unless optimizer state is sharded.
+    Owners,
 }
 
 impl Differentiator {
@@ -64,7 +73,8 @@ impl Differentiator {
             rounded: (spec.dtype != DType::F32).then(|| Rounded::new(spec, device)).transpose()?,
             sampler: Sampler::new(&dataset, config.data.context, config.run.seed)?,
             batch: Batch::default(),
-            buckets: Buckets::default(),
+            sums: Buckets::default(),
+            scattered: Buckets::new(Exchange::Scatter),
             context: config.data.context,
             micro_batch,
         })
@@ -75,8 +85,9 @@ impl Differentiator {
         &self.sampler
     }
 
-    /// grad = ∂L/∂θ of the target (=), L the mean loss over `sequences` sequences from `first` on, at least one for each
-    /// rank of `comm`; returns this rank's share of L, in nats a token. Collective.
+    /// grad = ∂L/∂θ of the target (=), on the `receivers`; L is the mean loss over `sequences` sequences from `first` on, at least
+    /// one for each rank of `comm`. Returns this rank's share of L, in nats a token. Collective.
+    #[allow(clippy::too_many_arguments)]
     pub fn gradient(
         &mut self,
         comm: &mut dyn Communicator,
@@ -85,11 +96,16 @@ impl Differentiator {
         first: u64,
         sequences: usize,
         ends: Ends,
+        receivers: Receivers,
     ) -> Result<f64> {
         zero_gradient(hierarchy, target, ends != Ends::Add)?;
         let share = share(sequences, comm.rank(), comm.size());
         let scale = 1.0 / (sequences * self.context) as f64;
-        let Differentiator { net, rounded, sampler, batch, buckets, micro_batch, .. } = self;
+        let Differentiator { net, rounded, sampler, batch, sums, scattered, micro_batch, .. } = self;
+        let buckets = match receivers {
+            Receivers::Owners if hierarchy.is_sharded() => scattered,
+            _ => sums,
+        };
         let params = as_computed(rounded, hierarchy.params(target.level, target.coset))?;
         let grads = hierarchy.grads(target.level, target.coset);
         let mut loss = 0.0;
@@ -100,9 +116,9 @@ impl Differentiator {
                 (false, _) => Ok(()),
                 (true, Ready::Block(n)) => {
                     let row = hierarchy.row_indices(target.level, target.coset)[n];
-                    buckets.add(comm, &hierarchy.group(target.level).grad, row)
+                    add(buckets, comm, hierarchy.group(target.level), row)
                 }
-                (true, Ready::Ends) if ends == Ends::Sum => buckets.add(comm, &hierarchy.ends(target.level).grad, 0),
+                (true, Ready::Ends) if ends == Ends::Sum => add(buckets, comm, hierarchy.ends(target.level), 0),
                 (true, Ready::Ends) => Ok(()),
             };
             loss += scale * net.loss_and_gradient(params, grads, &batch.tokens, &batch.targets, scale, &mut ready)?;
@@ -111,20 +127,16 @@ impl Differentiator {
         Ok(loss)
     }
 
-    /// The ends' gradient on `level` = its sum over all ranks of `comm`. Collective.
+    /// The ends' gradient on `level` = its sum over all ranks of `comm`, on those that update it. Collective.
     pub fn share_ends(&mut self, comm: &mut dyn Communicator, hierarchy: &Hierarchy, level: usize) -> Result<()> {
-        self.buckets.add(comm, &hierarchy.ends(level).grad, 0)?;
-        self.buckets.finish(comm)
+        let buckets = if hierarchy.is_sharded() { &mut self.scattered } else { &mut self.sums };
+        add(buckets, comm, hierarchy.ends(level), 0)?;
+        buckets.finish(comm)
     }
 
     /// Sequences of the training data in one epoch.
     pub fn epoch(&self) -> u64 {
         self.sampler.windows()
-    }
-
-    /// Seconds that reductions have kept this rank waiting so far.
-    pub fn exposed_seconds(&self) -> f64 {
-        self.buckets.exposed_seconds()
     }
 
     /// Σ over tokens of the cross-entropy of the sequences `range` of `sampler`, forward only.
@@ -144,6 +156,11 @@ fn as_computed<'a>(rounded: &'a mut Option<Rounded>, params: &'a Params) -> Resu
     rounded.as_mut().map_or(Ok(params), |rounded| rounded.copy_of(params))
 }
 
+/// The gradient of one row is final.
+fn add(buckets: &mut Buckets, comm: &mut dyn Communicator, group: &Group, row: usize) -> Result<()> {
+    buckets.add(comm, &group.grad, row, &group.shard.ranks)
+}
+
 /// Sequences that the rank with the largest share differentiates at once, if `ranks` share a global batch.
 pub fn micro_batch(config: &Config, ranks: usize) -> usize {
     let (_, largest) = config.batches();
@@ -154,22 +171,31 @@ pub fn micro_batch(config: &Config, ranks: usize) -> usize {
     }
 }
 
-/// ‖∂L/∂θ‖² of the target and the ends, from reduced gradients: the same on every rank of the group.
+/// ‖∂L/∂θ‖² of the target and the ends, from summed gradients: the same on every rank of the group or, where each updates some
+/// columns only, of those.
 pub fn square_of_gradient(hierarchy: &Hierarchy, target: Target) -> Result<f64> {
-    add_squares(norm::sum_of_squares(&hierarchy.ends(target.level).grad)?, hierarchy, target)
+    add_squares(square_of_ends(hierarchy, target.level)?, hierarchy, target)
 }
 
-/// ‖∂L/∂θ‖² of the target's rows alone.
+/// The same of the ends alone.
+pub fn square_of_ends(hierarchy: &Hierarchy, level: usize) -> Result<f64> {
+    square_of_row(hierarchy.ends(level), 0)
+}
+
+/// The same of the target's rows alone.
 pub fn square_of_rows(hierarchy: &Hierarchy, target: Target) -> Result<f64> {
     add_squares(0.0, hierarchy, target)
 }
 
 fn add_squares(mut sum: f64, hierarchy: &Hierarchy, target: Target) -> Result<f64> {
-    let grad = &hierarchy.group(target.level).grad;
     for &row in hierarchy.row_indices(target.level, target.coset) {
-        sum += norm::sum_of_squares(&grad.narrow(0, row, 1)?)?;
+        sum += square_of_row(hierarchy.group(target.level), row)?;
     }
     Ok(sum)
+}
+
+fn square_of_row(group: &Group, row: usize) -> Result<f64> {
+    if group.shard.columns.is_empty() { Ok(0.0) } else { norm::sum_of_squares(&group.own_gradient(row)?) }
 }
 
 /// grad = 0 of the target and, if `ends`, of the ends.

@@ -1,9 +1,8 @@
 //! The numerical work of a run: step, switch, evaluation. Knows the net and its levels, not the plan.
 
-use super::device::device;
-use super::gradient::{Differentiator, Ends, Target, square_of_gradient};
+use super::gradient::{Differentiator, Ends, Receivers, Target, square_of_gradient};
 use crate::checkpoint::Checkpoint;
-use crate::comm::{Communicator, Reduction};
+use crate::comm::{Buckets, Communicator, Exchange, Reduction};
 use crate::config::{Config, Parametrization};
 use crate::cycle::Side;
 use crate::data::{Dataset, Sampler, Split, share};
@@ -19,6 +18,8 @@ pub struct Learner {
     pub differentiator: Differentiator,
     pub hierarchy: Hierarchy,
     optimizer: Box<dyn Optimizer>,
+    /// Brings updated parameters to the ranks that did not update them.
+    gathered: Buckets,
     validation: Validation,
     clip: f64,
     /// CompleteP: Adam's ε is multiplied by h.
@@ -70,18 +71,19 @@ impl std::fmt::Display for Correction {
 }
 
 impl Learner {
-    /// Builds and initialises everything for `config`, whose vocabulary is resolved. `smallest` and `largest`: ranks of the
-    /// groups that share a global batch.
-    pub fn new(config: &Config, smallest: usize, largest: usize) -> Result<Learner> {
-        let device = device(config)?;
+    /// Builds and initialises everything on `device` for `config`, whose vocabulary is resolved, on rank `rank` of `ranks`; `smallest`: ranks
+    /// of the smallest group that shares a global batch.
+    pub fn new(config: &Config, device: &Device, smallest: usize, rank: usize, ranks: usize) -> Result<Learner> {
         let spec = Spec::new(config);
         let optimizer = optim::new(&config.optimizer);
         let moments: Vec<_> = optimizer.moments().iter().map(|m| (m.name, m.power)).collect();
-        let (ends, trajectory) = initialize(&spec, config.run.seed, DType::F32, &device)?;
+        let division = optim::division(&config.parallel, &*optimizer, rank, ranks);
+        let (ends, trajectory) = initialize(&spec, config.run.seed, DType::F32, device)?;
         Ok(Learner {
-            differentiator: Differentiator::new(config, &spec, &device, smallest, largest)?,
-            hierarchy: Hierarchy::new(config, &spec, &moments, trajectory, ends)?,
+            differentiator: Differentiator::new(config, &spec, device, smallest, ranks)?,
+            hierarchy: Hierarchy::new(config, &spec, &moments, division, trajectory, ends)?,
             optimizer,
+            gathered: Buckets::new(Exchange::Gather),
             validation: Validation::new(config)?,
             clip: config.optimizer.clip,
             eps_follows_h: config.model.parametrization == Parametrization::CompleteP,
@@ -100,11 +102,11 @@ impl Learner {
         self.hierarchy.ends(0).theta.device()
     }
 
-    /// The gradient of `target` on the global batch that starts at sequence `first` (=), less the coherence term; this
-    /// rank's share of the loss. Collective.
+    /// The gradient of `target` on the global batch that starts at sequence `first` (=), less the coherence term, on the ranks that
+    /// update it; this rank's share of the loss. Collective.
     pub fn gradient(&mut self, comm: &mut dyn Communicator, target: Target, first: u64, ends: Ends) -> Result<f64> {
-        let share =
-            self.differentiator.gradient(comm, &self.hierarchy, target, first, self.batches[target.level], ends)?;
+        let (batch, receivers) = (self.batches[target.level], Receivers::Owners);
+        let share = self.differentiator.gradient(comm, &self.hierarchy, target, first, batch, ends, receivers)?;
         self.hierarchy.correct_gradient(target.level)?;
         Ok(share)
     }
@@ -113,17 +115,29 @@ impl Learner {
     /// gradient that is not finite changes no parameter. Collective.
     pub fn step(&mut self, comm: &mut dyn Communicator, target: Target, first: u64, lr: f64) -> Result<StepReport> {
         let loss = self.gradient(comm, target, first, Ends::Sum)?;
-        let grad_norm = square_of_gradient(&self.hierarchy, target)?.sqrt();
+        let mut square = [square_of_gradient(&self.hierarchy, target)?];
+        if self.hierarchy.is_sharded() {
+            comm.reduce(&mut square, Reduction::Sum)?;
+        }
+        let grad_norm = square[0].sqrt();
         if grad_norm.is_finite() {
-            self.update(target.level, &[target.coset], lr, grad_norm, 1)?;
+            self.update(comm, target.level, &[target.coset], lr, grad_norm, 1)?;
         }
         Ok(StepReport { loss, grad_norm, lr })
     }
 
     /// θ ← θ + update, for the rows of these cosets and for the ends, whose gradient is the sum over `nets` nets; all are
-    /// clipped as a gradient of norm `grad_norm`. Counts the update.
-    pub fn update(&mut self, level: usize, cosets: &[usize], lr: f64, grad_norm: f64, nets: usize) -> Result<()> {
-        let Learner { hierarchy, optimizer, .. } = self;
+    /// clipped as a gradient of norm `grad_norm`. Counts the update. Collective where each rank updates some columns only.
+    pub fn update(
+        &mut self,
+        comm: &mut dyn Communicator,
+        level: usize,
+        cosets: &[usize],
+        lr: f64,
+        grad_norm: f64,
+        nets: usize,
+    ) -> Result<()> {
+        let Learner { hierarchy, optimizer, gathered, .. } = self;
         let gradient_scale = optim::gradient_scale(grad_norm, self.clip);
         let (group, ends) = (hierarchy.group(level), hierarchy.ends(level));
         for &coset in cosets {
@@ -131,10 +145,17 @@ impl Learner {
             let rows = hierarchy.row_indices(level, coset);
             let hyper = Hyper { lr, gradient_scale, eps_scale };
             let updates = hierarchy.updates(level, coset);
-            optimizer.step(&group.layout, rows, &updates, &group.theta, &group.grad, &group.moments, &hyper)?;
+            optimizer.step(&group.shard, rows, &updates, &group.theta, &group.grad, &group.moments, &hyper)?;
+            if hierarchy.is_sharded() {
+                rows.iter().try_for_each(|&row| gathered.add(comm, &group.theta, row, &group.shard.ranks))?;
+            }
         }
         let hyper = Hyper { lr, gradient_scale: gradient_scale / nets as f64, eps_scale: 1.0 };
-        optimizer.step(&ends.layout, &[0], &ends.updates, &ends.theta, &ends.grad, &ends.moments, &hyper)?;
+        optimizer.step(&ends.shard, &[0], &ends.updates, &ends.theta, &ends.grad, &ends.moments, &hyper)?;
+        if hierarchy.is_sharded() {
+            gathered.add(comm, &ends.theta, 0, &ends.shard.ranks)?;
+            gathered.finish(comm)?;
+        }
         hierarchy.count_update(level, cosets.iter().copied());
         hierarchy.pull(level)
     }
@@ -144,7 +165,8 @@ impl Learner {
         let Learner { hierarchy, differentiator, coherence_sequences, .. } = self;
         let mut gradient = |hierarchy: &Hierarchy, level| {
             let target = Target { level, coset: 0 };
-            differentiator.gradient(comm, hierarchy, target, first, *coherence_sequences, Ends::Sum).map(drop)
+            let (sequences, receivers) = (*coherence_sequences, Receivers::All);
+            differentiator.gradient(comm, hierarchy, target, first, sequences, Ends::Sum, receivers).map(drop)
         };
         match side {
             Side::Main => hierarchy.descend(to, &mut gradient),
@@ -266,7 +288,7 @@ mod tests {
             folder.path().display()
         );
         let config = crate::config::parse(&text, &[]).unwrap();
-        let (mut learner, mut comm) = (Learner::new(&config, 1, 1).unwrap(), Solo::default());
+        let (mut learner, mut comm) = (Learner::new(&config, &Device::Cpu, 1, 0, 1).unwrap(), Solo::default());
         let step = |learner: &mut Learner, comm: &mut Solo, level, step: u64| {
             let target = Target { level, coset: 0 };
             learner.step(comm, target, 4 * step, 1e-2).unwrap().loss
@@ -291,12 +313,5 @@ mod tests {
             let error = (exact - rounded).abs();
             assert!(error > 0.0 && error < 0.05, "{step}: {exact} in f32, {rounded} in bf16");
         }
-    }
-
-    #[test]
-    fn a_cpu_refuses_bf16() {
-        let config = crate::config::parse("[data]\ndir = 'x'\n[model]\ndtype = 'bf16'", &[]).unwrap();
-        let refused = device(&config).unwrap_err().to_string();
-        assert!(refused.starts_with("model.dtype = \"bf16\" needs a GPU"), "{refused}");
     }
 }

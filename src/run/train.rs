@@ -2,7 +2,7 @@
 
 use super::balance::Balance;
 use super::console::Console;
-use super::device::refuse_shared_gpus;
+use super::device::{device, group_of_gpus};
 use super::directory::RunDirectory;
 use super::environment;
 use super::execute::{Executor, Now, RoundReport};
@@ -11,6 +11,7 @@ use super::learner::{Learner, StepReport};
 use super::progress::{Progress, coset_at};
 use super::recorder::Recorder;
 use super::resolve::resolve_vocab;
+use super::shards;
 use super::stop::{Schedule, passes_multiple};
 use crate::checkpoint::{self, Check, Checkpoint, Part, State, Visitor, Writer};
 use crate::comm::{Communicator, agree};
@@ -19,6 +20,7 @@ use crate::cycle::{self, Coset, Op, Places, Round};
 use crate::error::{Context, Outcome, Result, anyhow};
 use crate::levels::Snapshot;
 use crate::model::{Flops, Spec};
+use candle_core::{Device, Tensor};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -37,7 +39,14 @@ pub struct Options {
 
 /// Trains `config` to the last op of its plan. Collective over `comm`.
 pub fn train(config: Config, options: &Options, comm: &mut dyn Communicator, console: &Console) -> Result<Outcome> {
-    let mut trainer = Trainer::set_up(config, options, comm, console)?;
+    comm.set_timeout(Duration::from_secs_f64(config.parallel.timeout));
+    let device = agree(comm, device(&config))?;
+    let mut gpus = group_of_gpus(comm, &device)?;
+    let comm: &mut dyn Communicator = match &mut gpus {
+        Some(gpus) => &mut **gpus,
+        None => comm,
+    };
+    let mut trainer = Trainer::set_up(config, &device, options, comm, console)?;
     let outcome = trainer.interpret(comm)?;
     trainer.finish(comm, outcome)?;
     Ok(outcome)
@@ -95,20 +104,20 @@ struct Clock {
 impl Trainer {
     fn set_up(
         mut config: Config,
+        device: &Device,
         options: &Options,
         comm: &mut dyn Communicator,
         console: &Console,
     ) -> Result<Trainer> {
-        comm.set_timeout(Duration::from_secs_f64(config.parallel.timeout));
         agree(comm, resolve_vocab(&mut config))?;
         let is_root = comm.rank() == 0;
         let directory = RunDirectory::new(&options.run_dir);
         agree(comm, if is_root { directory.prepare(&config, options.resume) } else { Ok(()) })?;
         let mut progress = Progress::new(cycle::plan(&config));
         let places = Places::new(&config, &Spec::new(&config), comm.size())?;
-        let learner = Learner::new(&config, places.smallest_group(&progress.plan), comm.size());
+        let smallest = places.smallest_group(&progress.plan);
+        let learner = Learner::new(&config, device, smallest, comm.rank(), comm.size());
         let mut learner = agree(comm, learner)?;
-        refuse_shared_gpus(comm, learner.device())?;
         let resumed = newest_checkpoint(&options.run_dir, options.resume, comm)?;
         if let Some(checkpoint) = &resumed {
             let restored = restore(checkpoint, &config, &mut learner, &mut progress);
@@ -347,7 +356,7 @@ impl Trainer {
         }
         self.executor.gather(comm)?;
         let Trainer { executor, progress, writer, .. } = self;
-        writer.save(step, &mut RunState { learner: &mut executor.learner, progress })?;
+        writer.save(step, &mut RunState { learner: &mut executor.learner, progress, comm: Some(comm) })?;
         self.schedule.saved();
         self.saved_step = Some(step);
         Ok(())
@@ -393,7 +402,7 @@ fn newest_checkpoint(run_dir: &Path, resume: bool, comm: &mut dyn Communicator) 
 }
 
 fn restore(checkpoint: &Checkpoint, config: &Config, learner: &mut Learner, progress: &mut Progress) -> Result<()> {
-    checkpoint.restore(&mut RunState { learner, progress })?;
+    checkpoint.restore(&mut RunState { learner, progress, comm: None })?;
     progress.check(config).context("the checkpoint's plan does not fit the config")
 }
 
@@ -401,6 +410,8 @@ fn restore(checkpoint: &Checkpoint, config: &Config, learner: &mut Learner, prog
 struct RunState<'a> {
     learner: &'a mut Learner,
     progress: &'a mut Progress,
+    /// To write: the ranks that have the columns of what rank 0 lacks. To read: `None`.
+    comm: Option<&'a mut dyn Communicator>,
 }
 
 impl State for RunState<'_> {
@@ -412,7 +423,15 @@ impl State for RunState<'_> {
         hierarchy.restore(&snapshot)?;
         for named in hierarchy.tensors()? {
             let part = if named.fine_net { Part::Model } else { Part::State };
-            visitor.rows(part, &named.name, named.layout, named.tensor)?;
+            let mut visit = |tensor: &Tensor| visitor.rows(part, &named.name, named.layout, tensor);
+            match (named.shard, &mut self.comm) {
+                (None, _) => visit(named.tensor)?,
+                // One tensor at a time, and on rank 0 alone.
+                (Some(shard), Some(comm)) => {
+                    shards::join(&mut **comm, shard, named.tensor)?.iter().try_for_each(visit)?
+                }
+                (Some(shard), None) => shards::take(shard, named.tensor, visit)?,
+            }
         }
         Ok(())
     }

@@ -5,12 +5,13 @@ use super::{FINE, PAPER, Subject, configure, median};
 use crate::cli::machine::{Cost, Link, Machine};
 use crate::cli::setting;
 use crate::cli::text::{percent, seconds};
-use crate::comm::{Communicator, Reduction, World};
+use crate::comm::{Communicator, Exchange, Reduction, World};
 use crate::error::{Context, Outcome, Result, bail, ensure};
 use crate::model::Layout;
 use crate::ops::matrix::{Mat, MatMut, multiply_parallel};
 use crate::ops::profile;
 use crate::{optim, run};
+use candle_core::{DType, Device, Tensor};
 use std::fmt::Write;
 use std::time::Instant;
 
@@ -121,12 +122,17 @@ fn sums(comm: &mut dyn Communicator, times: u32) -> Result<Vec<(f64, f64)>> {
     Ok(measured)
 }
 
+/// One part of one tensor.
+fn ones(values: usize) -> Result<Vec<Vec<Tensor>>> {
+    Ok(vec![vec![Tensor::ones(values, DType::F32, &Device::Cpu)?]])
+}
+
 /// Seconds of one sum.
 fn sum(comm: &mut dyn Communicator, values: usize) -> Result<f64> {
-    let data = vec![1.0; values];
+    let data = ones(values)?;
     comm.barrier()?;
     let start = Instant::now();
-    let ticket = comm.start_sum(data)?;
+    let ticket = comm.start(Exchange::Sum, data)?;
     comm.wait(ticket)?;
     Ok(start.elapsed().as_secs_f64())
 }
@@ -162,10 +168,10 @@ fn overlap(comm: &mut dyn Communicator, times: u32) -> Result<f64> {
         let sum_s = alone(comm)?;
         comm.barrier()?;
         let compute_s = agreed_max(comm, work.seconds(products))?;
-        let data = vec![1.0; VALUES];
+        let data = ones(VALUES)?;
         comm.barrier()?;
         let start = Instant::now();
-        let ticket = comm.start_sum(data)?;
+        let ticket = comm.start(Exchange::Sum, data)?;
         for _ in 0..products {
             work.seconds(1);
             comm.progress()?;

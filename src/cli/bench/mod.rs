@@ -85,7 +85,7 @@ struct Subject {
 impl Subject {
     /// What [`configure`] has prepared.
     fn new((config, folder): (Config, TempDir)) -> Result<Subject> {
-        let learner = Learner::new(&config, 1, 1)?;
+        let learner = Learner::new(&config, &run::device(&config)?, 1, 0, 1)?;
         Ok(Subject { config, learner, comm: Solo::default(), steps: 0, _folder: folder })
     }
 

@@ -118,7 +118,7 @@ impl Trial {
 
     fn memory(&self) -> Result<Memory> {
         let Subject { config, learner, .. } = &self.subject;
-        let predicted = RankMemory::new(config, learner.spec(), 1).total;
+        let predicted = RankMemory::new(config, learner.spec(), 1, 1).total;
         Ok(Memory { before: self.before, peak: memory::peak()?, predicted })
     }
 

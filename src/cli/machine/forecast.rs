@@ -11,6 +11,9 @@
 //! the blocks from the last to the first. Messages go one after another; a sum that starts while ranks compute moves at
 //! `overlap` of its speed until t_c. The update reads the gradient for its norm and zeroes it (2), reads θ, g and the
 //! moments and writes θ and the moments (3 + 2m).
+//!
+//! With `parallel.zero = 1` a rank does 1/K of the update, but zeroes the whole gradient. A sum is half of one, its scattered half;
+//! the other half, the gather of the parameters, follows the update and is exposed.
 
 use super::Machine;
 use crate::comm::Buckets;
@@ -78,15 +81,18 @@ impl LevelForecast {
     fn new(config: &Config, spec: &Spec, machine: &Machine, ranks: usize, level: usize) -> LevelForecast {
         let rows = config.rows(level);
         let tokens = cycle::tokens_per_step(config, level) as f64;
-        let update_s = update_seconds(config, spec, machine, rows);
-        let one_rank = compute_seconds(config, spec, machine, level, 1) + update_s;
+        let update_s = update_seconds(config, spec, machine, rows, ranks);
+        let one_rank =
+            compute_seconds(config, spec, machine, level, 1) + update_seconds(config, spec, machine, rows, 1);
         let compute_s = compute_seconds(config, spec, machine, level, ranks);
         let messages = messages(config, spec, machine, level, ranks);
         let seconds = |values: usize| machine.sum.seconds(machine, 4.0 * values as f64, ranks);
-        let sums_s = messages.iter().map(|message| seconds(message.values)).sum();
-        let end = last_end(&messages, compute_s, machine.overlap, seconds);
+        let scattered = if is_sharded(config, ranks) { 0.5 } else { 1.0 };
+        let sums_s: f64 = messages.iter().map(|message| seconds(message.values)).sum();
+        let end = last_end(&messages, compute_s, machine.overlap, |values| scattered * seconds(values));
+        let gather_s = (1.0 - scattered) * sums_s;
         // The loss with two wishes, in f64: all ranks wait for it.
-        let exposed_s = if ranks > 1 { (end - compute_s).max(0.0) + seconds(6) } else { 0.0 };
+        let exposed_s = if ranks > 1 { (end - compute_s).max(0.0) + gather_s + seconds(6) } else { 0.0 };
         let step_s = compute_s + exposed_s + update_s;
         LevelForecast {
             level,
@@ -115,10 +121,17 @@ fn compute_seconds(config: &Config, spec: &Spec, machine: &Machine, level: usize
 }
 
 /// t_u
-fn update_seconds(config: &Config, spec: &Spec, machine: &Machine, rows: usize) -> f64 {
+fn update_seconds(config: &Config, spec: &Spec, machine: &Machine, rows: usize, ranks: usize) -> f64 {
     let moments = optim::new(&config.optimizer).moments().len();
     let parameters = rows * Layout::block(spec).len() + Layout::ends(spec).len();
-    (4 * (5 + 2 * moments) * parameters) as f64 / machine.memory_bandwidth
+    let own = if is_sharded(config, ranks) { 1.0 / ranks as f64 } else { 1.0 };
+    let passes = 1.0 + own * (4 + 2 * moments) as f64;
+    4.0 * passes * parameters as f64 / machine.memory_bandwidth
+}
+
+/// Each rank updates its part of the parameters only.
+fn is_sharded(config: &Config, ranks: usize) -> bool {
+    config.parallel.zero == 1 && ranks > 1
 }
 
 /// The sums of a step's gradient, in their order.

@@ -56,7 +56,7 @@ pub fn select(local_rank: usize) -> Result<Selected> {
     );
     keep_memory(ordinal)?;
     let device = CudaDevice::new_with_stream(ordinal).with_context(|| format!("cannot use GPU {ordinal} ({name})"))?;
-    // SAFETY: all work of this process is on the device's one stream; nothing waits for events.
+    // SAFETY: all work of this process is on the device's one stream, but for exchanges between GPUs, which order themselves.
     unsafe { device.disable_event_tracking() };
     Ok(Selected { device: Device::Cuda(device), ordinal, name })
 }

@@ -1,7 +1,7 @@
 //! The ops on NVIDIA GPUs. The kernels are in the .cu files here; an op's file launches them through [`Gpu`].
 //!
-//! A GPU computes in f32 or in bf16; sums (statistics, gradients of parameters) are f32 in both. All work of a rank goes to
-//! one stream, so that launches wait for each other and for nothing else: an op returns before its work is done, unless
+//! A GPU computes in f32 or in bf16; sums (statistics, gradients of parameters) are f32 in both. All work of a rank but
+//! what it exchanges with others goes to one stream, so that launches wait for each other and for nothing else: an op returns before its work is done, unless
 //! it returns a number. Matrix products are cuBLAS's.
 //!
 //! In tests the same kernels, compiled for the host, run on CPU tensors: see `emulate`.
