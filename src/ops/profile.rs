@@ -115,7 +115,7 @@ mod tests {
         drop(time("test"));
         let entries = own(take());
         assert_eq!(entries.iter().map(|e| (e.weight, e.calls)).collect::<Vec<_>>(), [([1, 2], 2), ([2, 1], 1)]);
-        assert!(entries[0].seconds >= 2e-3 && entries[0].seconds > entries[1].seconds);
+        assert!(entries[0].seconds >= 2e-3 && entries[1].seconds >= 1e-3, "{entries:?}");
         assert_eq!(own(take()), []);
     }
 }
