@@ -3,7 +3,7 @@
 //! Collectives are matched by their order. Unlike MPI, which would hang or corrupt memory, ranks that call different
 //! collectives get an error that names both. A sum adds in the order of ranks.
 
-use super::{Communicator, DEFAULT_TIMEOUT, Reduction, Ticket, timed_out};
+use super::{Communicator, DEFAULT_TIMEOUT, Reduction, Ticket, TimedOut};
 use crate::error::{Result, anyhow, bail, ensure};
 use std::cell::Cell;
 use std::collections::HashMap;
@@ -146,7 +146,7 @@ impl Group {
                 let missing = (0..self.size).filter(|&rank| collective.data[rank].is_none());
                 let missing: Vec<String> = missing.map(|rank| rank.to_string()).collect();
                 let why = format!("not called by rank {}", missing.join(", "));
-                return Err(timed_out(rank, &collective.op, timeout, &why));
+                return Err(TimedOut::new(rank, &collective.op, timeout, &why, Duration::ZERO).into());
             }
             // Short, because the end of a job wakes nobody: a rank may wait in any of several groups.
             let pause = Duration::from_millis(5);
