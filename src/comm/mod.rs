@@ -86,12 +86,14 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(600);
 /// T − 3r   gives up
 /// + r/4    for each lower rank that has answered, 3 at most: says why, and ends the job
 /// ```
+#[cfg(feature = "mpi")]
 struct Ending {
     call: Duration,
     give_up: Duration,
     turn: Duration,
 }
 
+#[cfg(feature = "mpi")]
 impl Ending {
     fn of(timeout: Duration) -> Ending {
         let r = (timeout / 8).min(Duration::from_secs(1));
