@@ -229,9 +229,9 @@ fn left_alone(comm: &mut dyn Communicator) -> Result<()> {
 }
 
 /// Of a test that waits for a rank which never comes.
-const TIMEOUT: Duration = Duration::from_secs(2);
+const TIMEOUT: Duration = Duration::from_secs(6);
 
-const LEFT_ALONE: &str = "rank 0 waited 0.3 s in the collective `sum of 5 values`";
+const LEFT_ALONE: &str = "rank 0 waited too long in the collective `sum of 5 values`";
 
 // Processes
 
@@ -409,7 +409,7 @@ mod processes {
     fn a_stopped_rank_is_named() {
         let why = "`sum of 70000 values`: rank 1 does not answer: killed, stopped, cut off or far behind";
         for ranks in [2, 4] {
-            fails(ranks, "stop rank 1", &format!("error: rank 0 waited 2 s in the collective {why}"));
+            fails(ranks, "stop rank 1", &format!("error: rank 0 waited too long in the collective {why}"));
         }
     }
 
@@ -428,7 +428,7 @@ mod processes {
         fails(
             3,
             "rank 1 elsewhere",
-            "error: rank 0 waited 2 s in the collective `Sum of 1 numbers`: all ranks answer, but rank 1 is in `barrier`",
+            "error: rank 0 waited too long in the collective `Sum of 1 numbers`: all ranks answer, but rank 1 is in `barrier`",
         );
     }
 

@@ -460,12 +460,25 @@ fn process_of(run: &Path, rank: usize) -> i32 {
     processes_of(run).into_iter().find(has_rank).unwrap_or_else(|| panic!("there is no rank {rank}"))
 }
 
-/// The others end at their time limit, or when the launcher sees it, and say which rank they waited for and where; no
+/// Waits until none of `processes` is left (a zombie is gone too), which must be by `deadline`.
+fn await_end(processes: &[i32], deadline: Instant) {
+    let runs = |pid: &i32| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        stat.rsplit(") ").next().is_some_and(|rest| !rest.is_empty() && !rest.starts_with('Z'))
+    };
+    while processes.iter().any(runs) {
+        assert!(Instant::now() < deadline, "of {processes:?} some are left");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// The others have ended when their time limit is over, and have said which rank they waited for and where; no
 /// process stays, and every checkpoint is whole.
 #[test]
 fn a_rank_that_is_killed_or_stopped_ends_the_others_and_is_named() {
     let bench = Bench::new();
-    let settings = [LONG, &["parallel.timeout=2", "checkpoint.every_steps=5"]].concat();
+    let limit = Duration::from_secs(6);
+    let settings = [LONG, &["parallel.timeout=6", "checkpoint.every_steps=5"]].concat();
     for (signal, code) in [(libc::SIGSTOP, 1), (libc::SIGKILL, 137)] {
         let run = bench.path(&format!("fault-{signal}"));
         let mut command = bench.train(&run, 3, &settings, &[]);
@@ -474,14 +487,12 @@ fn a_rank_that_is_killed_or_stopped_ends_the_others_and_is_named() {
         let (ranks, lost, started) = (processes_of(&run), process_of(&run, 1), Instant::now());
         // SAFETY: sends a signal to a process that this test started.
         assert_eq!(unsafe { libc::kill(lost, signal) }, 0);
+        let others: Vec<i32> = ranks.iter().copied().filter(|&pid| pid != lost).collect();
+        await_end(&others, started + limit);
+        println!("signal {signal}: the others ended after {:?}", started.elapsed());
         let text = expect_exit(child.wait_with_output().unwrap(), code);
-        assert!(started.elapsed() < Duration::from_secs(12), "took {:?}", started.elapsed());
         assert!(text.contains("in the collective `") && text.contains("rank 1 does not answer"), "{text}");
-        let deadline = Instant::now() + Duration::from_secs(5);
-        while ranks.iter().any(|pid| Path::new(&format!("/proc/{pid}")).exists()) {
-            assert!(Instant::now() < deadline, "of {ranks:?} some are left");
-            std::thread::sleep(Duration::from_millis(50));
-        }
+        await_end(&ranks, Instant::now() + Duration::from_secs(5));
         let checked =
             Command::new(VCYCLE).args(["checkpoint", "verify"]).arg(run.join("checkpoints")).output().unwrap();
         expect_exit(checked, 0);

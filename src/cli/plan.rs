@@ -1,7 +1,7 @@
 //! `vcycle plan`
 
 use super::ConfigArgs;
-use super::machine::{Forecast, Machine};
+use super::machine::{Forecast, Machine, StageForecast};
 use super::places::PlaceRows;
 use super::text::{bytes, count, duration, percent, seconds, table, tera};
 use crate::config::{Config, CycleKind};
@@ -52,7 +52,7 @@ pub fn run(args: Args) -> Result<Outcome> {
     let mut plan = Plan::new(&config, args.ranks)?;
     if let Some(machine) = &args.machine {
         let machine = Machine::load(machine)?;
-        plan.forecast = Some(Forecast::new(&config, &machine, args.ranks));
+        plan.forecast = Some(Forecast::new(&config, &machine, args.ranks)?);
         plan.machine_memory = Some(machine.memory as u64);
     }
     let text = if args.json { serde_json::to_string_pretty(&plan)? + "\n" } else { plan.text() };
@@ -200,9 +200,10 @@ impl Plan {
         let Forecast { machine, ranks, nodes, seconds: cycle_s, flat_seconds, .. } = forecast;
         let fits = if self.memory.total <= room { "" } else { ": it does not fit" };
         format!(
-            "\npredicted for {ranks} ranks on {nodes} nodes: {machine}\n{}\
+            "\npredicted for {ranks} ranks on {nodes} nodes: {machine}\n{}{}\
              all steps {}, on the fine level alone {}: {} less time; of {} a rank {} are taken{fits}\n",
             forecast_table(forecast),
+            stages_table(&forecast.stages),
             duration(*cycle_s),
             duration(*flat_seconds),
             percent(1.0 - cycle_s / flat_seconds),
@@ -259,6 +260,42 @@ fn forecast_table(forecast: &Forecast) -> String {
         [name, rows, compute, update, sums, exposed, step, percent(level.efficiency), speed]
     });
     table(&std::iter::once(head.map(str::to_owned)).chain(rows).collect::<Vec<_>>())
+}
+
+/// Seconds of what groups of ranks do at the same time; nothing if they do not.
+fn stages_table(stages: &[StageForecast]) -> String {
+    if stages.is_empty() {
+        return String::new();
+    }
+    let head =
+        ["at the same time", "ranks", "times", "compute", "update", "exposed", "waits", "all", "in turn", "efficiency"];
+    let mut lines = vec![head.map(str::to_owned)];
+    for stage in stages {
+        for (index, group) in stage.groups.iter().enumerate() {
+            let once = |value: String| if index == 0 { value } else { String::new() };
+            let [compute, update, exposed] = [group.compute_s, group.update_s, group.exposed_s].map(seconds);
+            let [name, times] = [format!("{} steps", stage.steps), stage.times.to_string()].map(once);
+            let [all, in_turn] = [stage.seconds, stage.in_turn_s].map(|s| once(seconds(s)));
+            let (ranks, waits) = (group.ranks.to_string(), percent(group.idle));
+            let efficiency = once(percent(stage.efficiency));
+            lines.push([name, ranks, times, compute, update, exposed, waits, all, in_turn, efficiency]);
+        }
+        let [meetings, end] = [stage.meetings_s, stage.end_s].map(seconds);
+        let empty = String::new;
+        lines.push([
+            "  sums over all; to all at the end".to_owned(),
+            empty(),
+            empty(),
+            empty(),
+            empty(),
+            format!("{meetings}; {end}"),
+            empty(),
+            empty(),
+            empty(),
+            empty(),
+        ]);
+    }
+    table(&lines)
 }
 
 /// Phases on the same level and coset added up, in order of their first visit, with the number of visits.

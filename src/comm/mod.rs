@@ -14,6 +14,8 @@
 mod buckets;
 mod launch;
 #[cfg(feature = "mpi")]
+mod mover;
+#[cfg(feature = "mpi")]
 mod mpi;
 #[cfg(feature = "cuda")]
 mod nccl;
@@ -33,6 +35,7 @@ pub use world::{World, agree};
 
 use crate::error::{Result, ensure};
 use candle_core::Tensor;
+use std::fmt::{Display, Formatter};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -80,21 +83,22 @@ impl Exchange {
 }
 
 /// A group of ranks. All ranks call the collectives (every method but `rank`, `size`, `waited`,
-/// `progress`, `wait`, `set_timeout` and `abort`) in the same order. One host thread uses it.
+/// `progress`, `wait`, `set_timeout` and `abort`) in the same order. One thread of the caller's uses it.
 ///
 /// A reduction gives the same bits on every rank, and the same bits again when it is repeated. After an error a group is
 /// of no more use: end the job.
 pub trait Communicator {
     fn rank(&self) -> usize;
     fn size(&self) -> usize;
-    /// A collective that does not complete within this time is an error that names it. Default: 600 s.
+    /// A collective that does not complete within this time is an error that names it, early enough for the job to end in time.
+    /// Default: 600 s.
     fn set_timeout(&mut self, timeout: Duration);
     /// What this rank has spent waiting in collectives so far, over all groups of the job.
     fn waited(&self) -> Duration;
     /// Starts an exchange of f32 tensors of any shapes, contiguous, the same on all ranks. Nobody else touches them until
     /// [`Communicator::wait`].
     fn start(&mut self, exchange: Exchange, parts: Vec<Vec<Tensor>>) -> Result<Ticket>;
-    /// Moves started exchanges on; cheap; call it often while computing.
+    /// Moves started exchanges on; cheap; call it often while computing. (With MPI a thread does so too.)
     fn progress(&mut self) -> Result<()>;
     /// Finishes a started exchange. Any order of tickets will do.
     fn wait(&mut self, ticket: Ticket) -> Result<()>;
@@ -113,13 +117,55 @@ pub trait Communicator {
 /// Time limit of a collective until [`Communicator::set_timeout`] is called.
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// The message of a collective that ran into the time limit, with what is known of `why`.
-fn timed_out(rank: usize, op: &dyn std::fmt::Display, timeout: Duration, why: &str) -> crate::error::Error {
-    crate::error::anyhow!(
-        "rank {rank} waited {} s in the collective `{op}`: {why} (parallel.timeout sets this limit)",
-        timeout.as_secs_f64()
-    )
+/// What a rank does with the end of a time limit T, so that all ranks have ended when it is over: two seconds are left for the
+/// launcher, which kills the last of them.
+///
+/// ```text
+/// T − 4r   asks the others what they wait in        r = 1 s, and T/8 where that is less
+/// T − 3r   gives up
+/// + r/4    for each lower rank that has answered, 3 at most: says why, and ends the job
+/// ```
+#[cfg(feature = "mpi")]
+struct Ending {
+    call: Duration,
+    give_up: Duration,
+    turn: Duration,
 }
+
+#[cfg(feature = "mpi")]
+impl Ending {
+    fn of(timeout: Duration) -> Ending {
+        let r = (timeout / 8).min(Duration::from_secs(1));
+        Ending { call: timeout - 4 * r, give_up: timeout - 3 * r, turn: r / 4 }
+    }
+}
+
+/// The error of a collective that ran into its time limit.
+#[derive(Debug)]
+struct TimedOut {
+    message: String,
+    /// How long lower ranks have to end the job first.
+    turn: Duration,
+}
+
+impl TimedOut {
+    /// `why`: what is known of it.
+    fn new(rank: usize, op: &dyn Display, timeout: Duration, why: &str, turn: Duration) -> TimedOut {
+        let limit = timeout.as_secs_f64();
+        let message = format!(
+            "rank {rank} waited too long in the collective `{op}`: {why} (parallel.timeout = {limit} s is the limit)"
+        );
+        TimedOut { message, turn }
+    }
+}
+
+impl Display for TimedOut {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for TimedOut {}
 
 /// To be set by SIGTERM in a program that does not end at once by it: a rank that then waits for one that does not answer
 /// says so before it is killed. For a launcher that has lost a rank sends it to the others.

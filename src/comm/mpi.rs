@@ -10,10 +10,11 @@
 //! MPI_Ireduce_scatter and MPI_Iallgatherv should, and take parts of any lengths. Open MPI's non-blocking reduce-scatter
 //! sends everything through rank 0.
 
+use super::mover::Mover;
 use super::parcel::Parcel;
 use super::pool::Pool;
 use super::roll_call::RollCall;
-use super::{Communicator, DEFAULT_TIMEOUT, Exchange, Reduction, Ticket, timed_out, told_to_end};
+use super::{Communicator, DEFAULT_TIMEOUT, Ending, Exchange, Reduction, Ticket, TimedOut, told_to_end};
 use crate::error::{Context, Result, anyhow, bail, ensure};
 use candle_core::Tensor;
 use mpi::ffi;
@@ -33,9 +34,7 @@ const MAX_COUNT: usize = 1 << 24;
 const YIELD_FOR: Duration = Duration::from_millis(5);
 const SLEEP: Duration = Duration::from_micros(50);
 
-/// How long a rank listens to the others' answers at the end of its time limit; a quarter of a shorter limit.
-const LISTEN: Duration = Duration::from_secs(1);
-/// The same for a rank that has been told to end (SIGTERM): a launcher kills it a second after that.
+/// How long a rank that has been told to end (SIGTERM) listens to the others' answers: a launcher kills it a second after that.
 const LISTEN_AT_END: Duration = Duration::from_millis(400);
 
 /// MPI between initialisation and finalisation, which comes when the last group is dropped.
@@ -46,30 +45,34 @@ pub struct Session {
     /// What this rank has waited in collectives, over all groups.
     waited: Cell<Duration>,
     roll: RollCall,
+    mover: Mover,
 }
 
 impl Session {
-    /// Initialises MPI; this thread is the one that may call it from now on.
+    /// Initialises MPI; from now on this thread may call it, and the session's mover.
     pub fn start() -> Result<Rc<Session>> {
         use mpi::environment::{Threading, initialize_with_threading, library_version};
-        let started = initialize_with_threading(Threading::Funneled);
+        let started = initialize_with_threading(Threading::Serialized);
         let (universe, provided) = started.context("MPI has been initialised before in this process")?;
         ensure!(
             provided >= Threading::Funneled,
             "MPI offers thread level {provided:?}, vcycle computes with threads and needs Funneled ({}): use an MPI built with thread support",
             library_version().unwrap_or_default().trim()
         );
+        let serialized = provided >= Threading::Serialized;
         Ok(Rc::new(Session {
             universe: ManuallyDrop::new(universe),
             unfinished: Cell::new(false),
             waited: Cell::default(),
             roll: RollCall::new()?,
+            mover: if serialized { Mover::start().context("cannot start a thread")? } else { Mover::default() },
         }))
     }
 }
 
 impl Drop for Session {
     fn drop(&mut self) {
+        self.mover = Mover::default();
         if !self.unfinished.get() && !self.roll.is_used() {
             // SAFETY: dropped here and nowhere else.
             unsafe { ManuallyDrop::drop(&mut self.universe) }
@@ -300,8 +303,7 @@ impl Mpi {
     /// Waits until `pending` is complete. Before the time limit the other ranks are asked what they wait in, so that the
     /// error can name those that do not answer.
     fn poll<B>(&self, pending: &mut Pending<B>, op: &dyn Display, start: Instant) -> Result<()> {
-        let roll = &self.session.roll;
-        let patience = self.timeout - LISTEN.min(self.timeout / 4);
+        let (roll, ending) = (&self.session.roll, Ending::of(self.timeout));
         let (mut called, mut last_words) = (None, LastWords::default());
         while !pending.test().with_context(|| format!("rank {}, collective `{op}`", self.world_rank()))? {
             let waited = start.elapsed();
@@ -313,14 +315,15 @@ impl Mpi {
             std::thread::sleep(SLEEP);
             roll.attend(|| op.to_string());
             last_words.poll(self, op);
-            if waited > patience && called.is_none() {
+            if waited > ending.call && called.is_none() {
                 called = Some(Instant::now());
                 roll.call(&op.to_string());
             }
-            if let Some(called) = called.filter(|_| waited > self.timeout) {
+            if let Some(called) = called.filter(|_| waited > ending.give_up) {
                 let why = roll.verdict(&self.members, &op.to_string(), called);
                 roll.give_up(&op.to_string());
-                return Err(timed_out(self.world_rank(), op, self.timeout, &why));
+                let turn = ending.turn * roll.answered_before(self.world_rank(), called).min(3) as u32;
+                return Err(TimedOut::new(self.world_rank(), op, self.timeout, &why, turn).into());
             }
         }
         Ok(())
@@ -407,6 +410,8 @@ impl Communicator for Mpi {
         exchange.check(&parts, self.size)?;
         let parcel = Parcel::new(exchange, parts);
         let sent = parcel.pack(self.rank, &mut self.pool)?;
+        let session = self.session.clone();
+        let _mpi = session.mover.exclusive();
         let pending = match exchange {
             Exchange::Sum => self.start_sum(sent)?,
             Exchange::Scatter => self.start_scatter(sent, &parcel)?,
@@ -415,10 +420,13 @@ impl Communicator for Mpi {
         let ticket = Ticket(self.next);
         self.next += 1;
         self.flights.push(Flight { ticket, exchange, parcel, pending });
+        session.mover.started();
         Ok(ticket)
     }
 
     fn progress(&mut self) -> Result<()> {
+        let session = self.session.clone();
+        let _mpi = session.mover.exclusive();
         for flight in &mut self.flights {
             flight.pending.test().with_context(|| format!("rank {}, {:?}", self.members[self.rank], flight.ticket))?;
         }
@@ -430,7 +438,11 @@ impl Communicator for Mpi {
             bail!("{ticket:?} was not started or was waited for before");
         };
         let Flight { exchange, parcel, pending, .. } = self.flights.swap_remove(i);
+        let session = self.session.clone();
+        let mpi = session.mover.exclusive();
+        session.mover.finished();
         let (sent, received) = self.finish(pending, &exchange.describe(parcel.len()))?;
+        drop(mpi);
         match exchange {
             Exchange::Sum => parcel.unpack_all(&received)?,
             Exchange::Scatter => parcel.unpack(self.rank, &received)?,
@@ -442,6 +454,8 @@ impl Communicator for Mpi {
     }
 
     fn reduce(&mut self, values: &mut [f64], reduction: Reduction) -> Result<()> {
+        let session = self.session.clone();
+        let _mpi = session.mover.exclusive();
         let (mut data, mut result) = std::mem::take(&mut self.small);
         data.clear();
         data.extend_from_slice(values);
@@ -461,6 +475,8 @@ impl Communicator for Mpi {
     }
 
     fn broadcast(&mut self, data: &mut Vec<u8>, root: usize) -> Result<()> {
+        let session = self.session.clone();
+        let _mpi = session.mover.exclusive();
         ensure!(root < self.size, "broadcast from rank {root}: there are {} ranks", self.size);
         let len = self.broadcast_bytes((data.len() as u64).to_le_bytes().to_vec(), root)?;
         let len = u64::from_le_bytes(len.try_into().map_err(|_| anyhow!("a broadcast length is not 8 bytes"))?);
@@ -470,6 +486,8 @@ impl Communicator for Mpi {
     }
 
     fn barrier(&mut self) -> Result<()> {
+        let session = self.session.clone();
+        let _mpi = session.mover.exclusive();
         let comm = self.comm;
         // SAFETY: collective on a live group, without buffers.
         let pending = self.call((), pieces(1), |(), _, request| unsafe { ffi::MPI_Ibarrier(comm, request) })?;
@@ -477,6 +495,8 @@ impl Communicator for Mpi {
     }
 
     fn split(&mut self, color: Option<usize>) -> Result<Option<Box<dyn Communicator>>> {
+        let session = self.session.clone();
+        let _mpi = session.mover.exclusive();
         let group = Mpi::split_off(self.comm, &self.session, self.timeout, color)?;
         Ok(group.map(|group| Box::new(group) as Box<dyn Communicator>))
     }
@@ -488,6 +508,8 @@ impl Communicator for Mpi {
 
 impl Drop for Mpi {
     fn drop(&mut self) {
+        let session = self.session.clone();
+        let _mpi = session.mover.exclusive();
         if self.flights.is_empty() && !self.session.unfinished.get() {
             // SAFETY: the group is live, was made by this file, and no request of it is under way.
             unsafe { ffi::MPI_Comm_free(&mut self.comm) };

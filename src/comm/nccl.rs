@@ -7,7 +7,7 @@
 //! All `unsafe` calls of NCCL are sound for the same reasons: communicators are live until `Drop`, one host thread uses them, and
 //! the tensors of an exchange are kept until it is done.
 
-use super::{Communicator, DEFAULT_TIMEOUT, Exchange, Reduction, Ticket, agree, timed_out};
+use super::{Communicator, DEFAULT_TIMEOUT, Exchange, Reduction, Ticket, TimedOut, agree};
 use crate::error::{Error, Result, anyhow, bail, ensure};
 use crate::ops::cuda::Gpu;
 use candle_core::cuda_backend::cudarc::driver::{CudaEvent, CudaStream, DriverError};
@@ -146,7 +146,7 @@ impl Nccl {
             Ok(()) => "all ranks are there, so look at the links between their GPUs (NCCL_DEBUG=WARN)".to_owned(),
             Err(error) => format!("{error:#}"),
         };
-        timed_out(self.rank(), op, self.timeout, &why)
+        TimedOut::new(self.rank(), op, self.timeout, &why, Duration::ZERO).into()
     }
 
     /// Ends what is under way on this rank; that the others notice by their time limits, or by NCCL.

@@ -103,6 +103,11 @@ impl RollCall {
         "all ranks answer and wait in it too: the network loses what they send".to_owned()
     }
 
+    /// How many of the ranks below `rank` have been heard since `called`.
+    pub fn answered_before(&self, rank: usize, called: Instant) -> usize {
+        rank - self.silent(&(0..rank).collect::<Vec<_>>(), called).len()
+    }
+
     /// Ranks of `ranks` that have not been heard since `called`.
     pub fn silent(&self, ranks: &[usize], called: Instant) -> Vec<usize> {
         let heard = self.heard.borrow();

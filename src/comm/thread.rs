@@ -5,7 +5,7 @@
 
 use super::parcel::Parcel;
 use super::pool::Pool;
-use super::{Communicator, DEFAULT_TIMEOUT, Exchange, Reduction, Ticket, timed_out};
+use super::{Communicator, DEFAULT_TIMEOUT, Exchange, Reduction, Ticket, TimedOut};
 use crate::error::{Result, anyhow, bail, ensure};
 use candle_core::Tensor;
 use std::cell::Cell;
@@ -155,7 +155,7 @@ impl Group {
                 let missing = (0..self.size).filter(|&rank| collective.data[rank].is_none());
                 let missing: Vec<String> = missing.map(|rank| rank.to_string()).collect();
                 let why = format!("not called by rank {}", missing.join(", "));
-                return Err(timed_out(rank, &collective.op, timeout, &why));
+                return Err(TimedOut::new(rank, &collective.op, timeout, &why, Duration::ZERO).into());
             }
             // Short, because the end of a job wakes nobody: a rank may wait in any of several groups.
             let pause = Duration::from_millis(5);

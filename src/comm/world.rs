@@ -8,8 +8,8 @@
 //!   75, mpirun may kill the others: `finish` is the last thing a rank does.
 //! - Every rank failed, in whatever place (a wrong config): rank 0 prints its error, every rank exits with 1.
 //! - Some ranks failed, the others compute on or wait for them: a failing rank waits [`GRACE`] for the others, prints
-//!   its error and ends the job with MPI_Abort and code 1. Of several that fail alike (a rank is missing, and they all run
-//!   into the time limit) the lowest speaks first: see [`turn`].
+//!   its error and ends the job with MPI_Abort and code 1. Of several that fail alike the lowest speaks first: see [`turn`].
+//! - A rank is missing, and the others run into the time limit: the lowest that is there prints its error and ends the job.
 //! - A panic on any thread of a rank ends the job in the same way at once (after [`GRACE`] on ranks other than 0).
 //!
 //! mpirun exits with the code of the first rank to fail. Open MPI's adds a notice about it ("MPI_ABORT was invoked",
@@ -18,9 +18,11 @@
 //! Set-up that may fail on one rank only (reading a file) goes through [`World::agree`], so that all ranks know at once.
 
 use super::launch::Launch;
-use super::{Communicator, Reduction, Solo};
+use super::{Communicator, Reduction, Solo, TimedOut, told_to_end};
 use crate::error::{Error, Outcome, Result, anyhow, ensure, exit_code};
-use std::time::Duration;
+use std::io::Write;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 /// How long a failing rank waits for all others to fail too. Longer than ranks drift apart between two collectives that
 /// surround an error they all make; short enough that a job ends within seconds.
@@ -122,10 +124,14 @@ impl World {
     pub fn finish(mut self, result: Result<Outcome>) -> u8 {
         let code = exit_code(&result);
         if let Err(error) = result {
-            let all_failed = self.failed.barrier().is_ok();
-            if !all_failed {
-                std::thread::sleep(turn(self.rank()));
-                print(self.rank(), &error);
+            let alone = match error.downcast_ref::<TimedOut>() {
+                Some(limit) => Some(limit.turn),
+                None => self.failed.barrier().is_err().then(|| turn(self.rank())),
+            };
+            if let Some(turn) = alone {
+                if !ended_within(turn) {
+                    print(self.rank(), &error);
+                }
                 self.all.abort(code.into());
             }
             if self.rank() == 0 {
@@ -136,6 +142,16 @@ impl World {
         }
         code
     }
+}
+
+/// Whether another rank ends the job within `turn`.
+fn ended_within(turn: Duration) -> bool {
+    let start = Instant::now();
+    told_to_end().store(false, Ordering::Relaxed);
+    while start.elapsed() < turn && !told_to_end().load(Ordering::Relaxed) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    told_to_end().load(Ordering::Relaxed)
 }
 
 /// How long a rank leaves it to lower ones to end the job. They may be the ones that are gone.
@@ -168,7 +184,8 @@ fn named(rank: usize, error: &Error) -> String {
 }
 
 fn print(rank: usize, error: &Error) {
-    eprintln!("error: {}", named(rank, error));
+    // In one piece: other ranks and the launcher write to the same terminal. There is nothing to do if nobody reads it.
+    let _ = std::io::stderr().write_all(format!("error: {}\n", named(rank, error)).as_bytes());
 }
 
 /// Without this the other ranks would wait for one that panicked until their time limit.

@@ -139,6 +139,11 @@ impl Differentiator {
         self.sampler.windows()
     }
 
+    /// Seconds that sums have kept this rank waiting so far.
+    pub fn exposed_seconds(&self) -> f64 {
+        self.sums.exposed_seconds() + self.scattered.exposed_seconds()
+    }
+
     /// Σ over tokens of the cross-entropy of the sequences `range` of `sampler`, forward only.
     pub fn loss(&mut self, params: &Params, sampler: &Sampler, range: Range<u64>) -> Result<f64> {
         let params = as_computed(&mut self.rounded, params)?;

@@ -25,7 +25,7 @@ pub use console::Console;
 pub use device::device;
 pub use directory::{Difference, RunDirectory, differences};
 pub use environment::{cpu_model, gemm_peak, use_threads};
-pub use gradient::{Ends, Target, micro_batch};
+pub use gradient::{Ends, Receivers, Target, micro_batch};
 pub use learner::{Learner, StepReport};
 pub use progress::Progress;
 pub use resolve::resolve_vocab;

@@ -1,11 +1,11 @@
 //! `vcycle bench machine`
 
 use super::breakdown::breakdown;
-use super::{FINE, PAPER, Subject, configure, median};
+use super::{FINE, PAPER, Subject, agreed_max, configure, median};
 use crate::cli::machine::{Cost, Link, Machine};
 use crate::cli::setting;
 use crate::cli::text::{percent, seconds};
-use crate::comm::{Communicator, Exchange, Reduction, World};
+use crate::comm::{Communicator, Exchange, World};
 use crate::error::{Context, Outcome, Result, bail, ensure};
 use crate::model::Layout;
 use crate::ops::matrix::{Mat, MatMut, multiply_parallel};
@@ -71,12 +71,6 @@ pub fn run(args: &Args, world: &mut World) -> Result<Outcome> {
     // Ranks that exit while others still work would end them.
     world.communicator().barrier()?;
     Ok(Outcome::Done)
-}
-
-fn agreed_max(comm: &mut dyn Communicator, value: f64) -> Result<f64> {
-    let mut values = [value];
-    comm.reduce(&mut values, Reduction::Max)?;
-    Ok(values[0])
 }
 
 /// FLOP/s of the forward and backward pass, and bytes/s of the update, of the median step; the slowest rank's.

@@ -4,11 +4,12 @@ mod breakdown;
 mod machine;
 mod memory;
 mod overhead;
+mod overlap;
 mod scaling;
 mod step;
 
 use super::setting;
-use crate::comm::{Solo, World};
+use crate::comm::{Communicator, Reduction, Solo, World};
 use crate::config::{self, Config};
 use crate::cycle::level_flops;
 use crate::error::{Context, Outcome, Result};
@@ -18,7 +19,7 @@ use std::path::Path;
 use std::time::Instant;
 use tempfile::TempDir;
 
-/// Measure the speed of this machine at vcycle's work, on random tokens and, except for `machine`, one rank.
+/// Measure the speed of this machine at vcycle's work, on random tokens and, except for `machine` and `overlap`, one rank.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -34,12 +35,13 @@ enum Benchmark {
     /// What a run does between steps: switches of level, evaluation, a line of metrics.
     Overhead(overhead::Args),
     Machine(machine::Args),
+    Overlap(overlap::Args),
 }
 
 impl Args {
     /// Whether it is for all ranks of a job.
     pub fn is_collective(&self) -> bool {
-        matches!(self.benchmark, Benchmark::Machine(_))
+        matches!(self.benchmark, Benchmark::Machine(_) | Benchmark::Overlap(_))
     }
 }
 
@@ -49,6 +51,7 @@ pub fn run(args: Args, world: &mut World) -> Result<Outcome> {
         Benchmark::Scaling(args) => scaling::run(&args),
         Benchmark::Overhead(args) => overhead::run(&args),
         Benchmark::Machine(args) => machine::run(&args, world),
+        Benchmark::Overlap(args) => overlap::run(&args, world),
     }
 }
 
@@ -123,6 +126,13 @@ fn configure<'a>(overrides: impl IntoIterator<Item = &'a str>) -> Result<(Config
     let config = config::parse("", &settings)?;
     write_random_data(folder.path(), &config)?;
     Ok((config, folder))
+}
+
+/// The largest of all ranks' values.
+fn agreed_max(comm: &mut dyn Communicator, value: f64) -> Result<f64> {
+    let mut values = [value];
+    comm.reduce(&mut values, Reduction::Max)?;
+    Ok(values[0])
 }
 
 /// Two shards of tokens drawn without pattern, enough for a few batches and an evaluation.

@@ -14,11 +14,15 @@
 //!
 //! With `parallel.zero = 1` a rank does 1/K of the update, but zeroes the whole gradient. A sum is half of one, its scattered half;
 //! the other half, the gather of the parameters, follows the update and is exposed.
+//!
+//! Ops that groups of ranks do at the same time are in `stage.rs`.
 
 use super::Machine;
+use super::stage::StageForecast;
 use crate::comm::Buckets;
 use crate::config::Config;
-use crate::cycle::{self, Phase};
+use crate::cycle::{self, Coset, Op, Places};
+use crate::error::Result;
 use crate::model::{Layout, Spec};
 use crate::{optim, run};
 use serde::Serialize;
@@ -30,13 +34,15 @@ pub struct Forecast {
     pub ranks: usize,
     pub nodes: usize,
     pub levels: Vec<LevelForecast>,
+    /// Ops that groups of ranks do at the same time, equal ones once.
+    pub stages: Vec<StageForecast>,
     /// All steps of the cycle; no switches, evaluations or checkpoints.
     pub seconds: f64,
     /// As many steps on the fine level alone.
     pub flat_seconds: f64,
 }
 
-/// Seconds of one step on a level, on the rank with the most sequences.
+/// Seconds of one step on a level by all ranks, on the rank with the most sequences.
 #[derive(Clone, Debug, Serialize)]
 pub struct LevelForecast {
     pub level: usize,
@@ -52,6 +58,23 @@ pub struct LevelForecast {
     pub tokens_per_s: f64,
 }
 
+/// What a forecast is made from.
+pub(super) struct Model<'a> {
+    pub config: &'a Config,
+    pub spec: &'a Spec,
+    pub machine: &'a Machine,
+    pub ranks: usize,
+}
+
+/// Seconds of a step of a group of ranks on one net, without the loss's sum.
+#[derive(Clone, Copy)]
+pub(super) struct Step {
+    pub compute_s: f64,
+    pub update_s: f64,
+    pub sums_s: f64,
+    pub exposed_s: f64,
+}
+
 /// A sum of `values` f32, ready at `ready` seconds.
 struct Message {
     ready: f64,
@@ -60,50 +83,65 @@ struct Message {
 
 impl Forecast {
     /// `config` with its vocabulary resolved; `ranks` from 1 to its smallest batch.
-    pub fn new(config: &Config, machine: &Machine, ranks: usize) -> Forecast {
+    ///
+    /// # Errors
+    /// `parallel.groups` is for another number of ranks.
+    pub fn new(config: &Config, machine: &Machine, ranks: usize) -> Result<Forecast> {
         let spec = Spec::new(config);
+        let model = Model { config, spec: &spec, machine, ranks };
+        let places = Places::new(config, &spec, ranks)?;
         let levels: Vec<LevelForecast> =
-            (0..config.levels.count).map(|level| LevelForecast::new(config, &spec, machine, ranks, level)).collect();
-        let phases = cycle::plan_flops(config, &spec, &cycle::plan(config));
-        let seconds = |&Phase { level, steps, .. }: &Phase| steps as f64 * levels[level].step_s;
-        Forecast {
-            machine: machine.name.clone(),
-            ranks,
-            nodes: machine.shape(ranks).0,
-            seconds: phases.iter().map(seconds).sum(),
-            flat_seconds: config.run.steps as f64 * levels[0].step_s,
-            levels,
+            (0..config.levels.count).map(|level| LevelForecast::new(&model, level)).collect();
+        let (mut seconds, mut stages) = (0.0, Vec::<StageForecast>::new());
+        for op in cycle::plan(config) {
+            let Some(stage) = StageForecast::new(&model, &places, &op) else {
+                seconds += in_turn(&levels, &places, &op);
+                continue;
+            };
+            seconds += stage.seconds;
+            match stages.iter_mut().find(|seen| seen.is_like(&stage)) {
+                Some(seen) => seen.times += 1,
+                None => stages.push(stage),
+            }
         }
+        let nodes = machine.shape(ranks).0;
+        let flat_seconds = config.run.steps as f64 * levels[0].step_s;
+        Ok(Forecast { machine: machine.name.clone(), ranks, nodes, levels, stages, seconds, flat_seconds })
+    }
+}
+
+/// Seconds of the steps of `op`, all by all ranks.
+pub(super) fn in_turn(levels: &[LevelForecast], places: &Places, op: &Op) -> f64 {
+    let smooth = |op: &Op| match *op {
+        Op::Smooth { level, coset, steps } => steps as f64 * places.nets(level, coset) as f64 * levels[level].step_s,
+        _ => 0.0,
+    };
+    match op {
+        Op::Beside { fine, coarse, .. } => {
+            let fine = Op::Smooth { level: 0, coset: Coset::Index(0), steps: *fine };
+            std::iter::once(&fine).chain(coarse).map(smooth).sum()
+        }
+        _ => smooth(op),
     }
 }
 
 impl LevelForecast {
-    fn new(config: &Config, spec: &Spec, machine: &Machine, ranks: usize, level: usize) -> LevelForecast {
-        let rows = config.rows(level);
-        let tokens = cycle::tokens_per_step(config, level) as f64;
-        let update_s = update_seconds(config, spec, machine, rows, ranks);
-        let one_rank =
-            compute_seconds(config, spec, machine, level, 1) + update_seconds(config, spec, machine, rows, 1);
-        let compute_s = compute_seconds(config, spec, machine, level, ranks);
-        let messages = messages(config, spec, machine, level, ranks);
-        let seconds = |values: usize| machine.sum.seconds(machine, 4.0 * values as f64, ranks);
-        let scattered = if is_sharded(config, ranks) { 0.5 } else { 1.0 };
-        let sums_s: f64 = messages.iter().map(|message| seconds(message.values)).sum();
-        let end = last_end(&messages, compute_s, machine.overlap, |values| scattered * seconds(values));
-        let gather_s = (1.0 - scattered) * sums_s;
-        // The loss with two wishes, in f64: all ranks wait for it.
-        let exposed_s = if ranks > 1 { (end - compute_s).max(0.0) + gather_s + seconds(6) } else { 0.0 };
+    pub(super) fn new(model: &Model, level: usize) -> LevelForecast {
+        let Model { config, ranks, .. } = *model;
+        let [alone, Step { compute_s, update_s, sums_s, exposed_s }] =
+            [1, ranks].map(|ranks| model.step(level, ranks, true));
+        let exposed_s = exposed_s + model.meeting(ranks);
         let step_s = compute_s + exposed_s + update_s;
         LevelForecast {
             level,
-            rows,
+            rows: config.rows(level),
             compute_s,
             update_s,
             sums_s,
             exposed_s,
             step_s,
-            efficiency: one_rank / (ranks as f64 * step_s),
-            tokens_per_s: tokens / step_s,
+            efficiency: alone.seconds() / (ranks as f64 * step_s),
+            tokens_per_s: cycle::tokens_per_step(config, level) as f64 / step_s,
         }
     }
 
@@ -113,39 +151,84 @@ impl LevelForecast {
     }
 }
 
-/// t_c
-fn compute_seconds(config: &Config, spec: &Spec, machine: &Machine, level: usize, ranks: usize) -> f64 {
-    let batch = config.batch(level);
-    let share = batch.div_ceil(ranks) as f64 / batch as f64;
-    share * cycle::level_flops(config, spec, level).total as f64 / machine.flops
+impl Step {
+    pub fn seconds(&self) -> f64 {
+        self.compute_s + self.exposed_s + self.update_s
+    }
 }
 
-/// t_u
-fn update_seconds(config: &Config, spec: &Spec, machine: &Machine, rows: usize, ranks: usize) -> f64 {
-    let moments = optim::new(&config.optimizer).moments().len();
-    let parameters = rows * Layout::block(spec).len() + Layout::ends(spec).len();
-    let own = if is_sharded(config, ranks) { 1.0 / ranks as f64 } else { 1.0 };
-    let passes = 1.0 + own * (4 + 2 * moments) as f64;
-    4.0 * passes * parameters as f64 / machine.memory_bandwidth
-}
+impl Model<'_> {
+    /// A step of `ranks` ranks on one net of `level`; the gradient of the ends is summed with the others, or left out.
+    pub fn step(&self, level: usize, ranks: usize, ends: bool) -> Step {
+        let compute_s = self.compute_seconds(level, ranks);
+        let messages = self.messages(level, ranks, ends);
+        let seconds = |values: usize| self.sum(values, ranks);
+        let scattered = if self.is_sharded(ranks) { 0.5 } else { 1.0 };
+        let sums_s: f64 = messages.iter().map(|message| seconds(message.values)).sum();
+        let end = last_end(&messages, compute_s, self.machine.overlap, |values| scattered * seconds(values));
+        let gather_s = (1.0 - scattered) * sums_s;
+        let exposed_s = if ranks > 1 { (end - compute_s).max(0.0) + gather_s } else { 0.0 };
+        Step { compute_s, update_s: self.update_seconds(self.config.rows(level), ranks), sums_s, exposed_s }
+    }
 
-/// Each rank updates its part of the parameters only.
-fn is_sharded(config: &Config, ranks: usize) -> bool {
-    config.parallel.zero == 1 && ranks > 1
-}
+    /// A sum of `values` f32 over `ranks` ranks.
+    pub fn sum(&self, values: usize, ranks: usize) -> f64 {
+        self.machine.sum.seconds(self.machine, 4.0 * values as f64, ranks)
+    }
 
-/// The sums of a step's gradient, in their order.
-fn messages(config: &Config, spec: &Spec, machine: &Machine, level: usize, ranks: usize) -> Vec<Message> {
-    let (rows, blocks) = (config.rows(level), cycle::level_flops(config, spec, level).blocks);
-    let end = compute_seconds(config, spec, machine, level, ranks);
-    // Only the backward pass of the last micro-batch gives final rows.
-    let (share, micro_batch) = (config.batch(level).div_ceil(ranks), run::micro_batch(config, ranks));
-    let last = if share.is_multiple_of(micro_batch) { micro_batch } else { share % micro_batch };
-    let part = last as f64 / (config.batch(level) * rows) as f64;
-    let backward_of_a_block = 2.0 / 3.0 * part * blocks as f64 / machine.flops;
-    let widths: Vec<usize> = (0..rows).map(|_| Layout::block(spec).len()).chain([Layout::ends(spec).len()]).collect();
-    let ready = |added: usize| end - rows.saturating_sub(added) as f64 * backward_of_a_block;
-    Buckets::cut(&widths).into_iter().map(|(added, values)| Message { ready: ready(added), values }).collect()
+    /// The loss with two wishes, in f64: all ranks wait for it.
+    pub fn meeting(&self, ranks: usize) -> f64 {
+        self.sum(6, ranks)
+    }
+
+    /// t_c
+    pub fn compute_seconds(&self, level: usize, ranks: usize) -> f64 {
+        let batch = self.config.batch(level);
+        let share = batch.div_ceil(ranks) as f64 / batch as f64;
+        share * cycle::level_flops(self.config, self.spec, level).total as f64 / self.machine.flops
+    }
+
+    /// t_u of so many rows and the ends.
+    pub fn update_seconds(&self, rows: usize, ranks: usize) -> f64 {
+        let own = if self.is_sharded(ranks) { 1.0 / ranks as f64 } else { 1.0 };
+        let passes = 1.0 + own * (4 + 2 * self.moments()) as f64;
+        4.0 * passes * (rows * self.row() + self.ends()) as f64 / self.machine.memory_bandwidth
+    }
+
+    /// Each rank updates its part of the parameters only.
+    fn is_sharded(&self, ranks: usize) -> bool {
+        self.config.parallel.zero == 1 && ranks > 1
+    }
+
+    /// m
+    pub fn moments(&self) -> usize {
+        optim::new(&self.config.optimizer).moments().len()
+    }
+
+    /// P
+    pub fn row(&self) -> usize {
+        Layout::block(self.spec).len()
+    }
+
+    /// E
+    pub fn ends(&self) -> usize {
+        Layout::ends(self.spec).len()
+    }
+
+    /// The sums of a step's gradient, in their order.
+    fn messages(&self, level: usize, ranks: usize, ends: bool) -> Vec<Message> {
+        let Model { config, machine, .. } = self;
+        let (rows, blocks) = (config.rows(level), cycle::level_flops(config, self.spec, level).blocks);
+        let end = self.compute_seconds(level, ranks);
+        // Only the backward pass of the last micro-batch gives final rows.
+        let (share, micro_batch) = (config.batch(level).div_ceil(ranks), run::micro_batch(config, ranks));
+        let last = if share.is_multiple_of(micro_batch) { micro_batch } else { share % micro_batch };
+        let part = last as f64 / (config.batch(level) * rows) as f64;
+        let backward_of_a_block = 2.0 / 3.0 * part * blocks as f64 / machine.flops;
+        let widths: Vec<usize> = std::iter::repeat_n(self.row(), rows).chain(ends.then(|| self.ends())).collect();
+        let ready = |added: usize| end - rows.saturating_sub(added) as f64 * backward_of_a_block;
+        Buckets::cut(&widths).into_iter().map(|(added, values)| Message { ready: ready(added), values }).collect()
+    }
 }
 
 /// When the last of `messages`, which take `seconds` alone, has been summed, if ranks compute until `computed`.
@@ -173,7 +256,7 @@ mod tests {
     #[test]
     fn one_rank_computes_and_updates() {
         let (config, machine) = (config(""), machine());
-        let forecast = Forecast::new(&config, &machine, 1);
+        let forecast = Forecast::new(&config, &machine, 1).unwrap();
         for level in &forecast.levels {
             let flops = cycle::level_flops(&config, &Spec::new(&config), level.level).total as f64;
             assert!((level.compute_s - flops / 1e12).abs() < 1e-9 * level.compute_s, "{level:?}");
@@ -208,7 +291,7 @@ mod tests {
             for link in [&mut fast.within, &mut fast.between] {
                 (link.latency, link.bandwidth) = (link.latency / speed, link.bandwidth * speed);
             }
-            let levels = |machine| Forecast::new(&config, machine, ranks).levels;
+            let levels = |machine| Forecast::new(&config, machine, ranks).unwrap().levels;
             for (slow, fast) in levels(&slow).iter().zip(levels(&fast)) {
                 prop_assert!(slow.efficiency <= 1.0 + 1e-12 && slow.exposed_s >= 0.0);
                 prop_assert!(fast.step_s <= slow.step_s * (1.0 + 1e-12));

@@ -5,10 +5,12 @@
 
 mod file;
 mod forecast;
+mod stage;
 mod sum;
 
 pub use file::{Link, Machine};
 pub use forecast::{Forecast, LevelForecast};
+pub use stage::StageForecast;
 pub use sum::{Cost, Sum};
 
 #[cfg(test)]

@@ -75,6 +75,22 @@ impl Sum {
     }
 }
 
+impl Sum {
+    /// Seconds to send `n` bytes from one rank to all: Open MPI's sends them from there to each of up to 4 ranks, and along a
+    /// chain in pieces of 64 KiB to more; NCCL's along a ring in small pieces.
+    pub fn broadcast_seconds(self, machine: &Machine, n: f64, ranks: usize) -> f64 {
+        let link = if machine.shape(ranks).0 > 1 { &machine.between } else { &machine.within };
+        let others = ranks as f64 - 1.0;
+        let cost = match self {
+            _ if ranks == 1 => Cost { latencies: 0.0, bytes: 0.0 },
+            Sum::OpenMpi if ranks <= 4 => Cost { latencies: 1.0, bytes: others * n },
+            Sum::OpenMpi => Cost { latencies: others, bytes: n + (others - 1.0) * OPEN_MPI_SMALL.min(n) },
+            Sum::Nccl => Cost { latencies: others, bytes: n },
+        };
+        cost.seconds(link)
+    }
+}
+
 /// ⌈log₂ K⌉
 fn log2_up(ranks: usize) -> f64 {
     f64::from(ranks.next_power_of_two().trailing_zeros())
@@ -90,6 +106,14 @@ mod tests {
         for sum in [Sum::OpenMpi, Sum::Nccl] {
             assert_eq!(sum.seconds(&machine(), 1e9, 1), 0.0);
         }
+    }
+
+    #[test]
+    fn a_broadcast_takes_at_least_its_bytes() {
+        let seconds = |sum: Sum, ranks| sum.broadcast_seconds(&machine(), 1e6, ranks) * 1e6;
+        assert_eq!(seconds(Sum::OpenMpi, 1), 0.0);
+        assert!((seconds(Sum::OpenMpi, 4) - 3001.0).abs() < 1e-6);
+        assert!((seconds(Sum::Nccl, 8) - 10_070.0).abs() < 1e-6);
     }
 
     /// α = 1 µs and β = 1 GB/s in a node of 4, 10 µs and 100 MB/s between nodes; 1 MB.

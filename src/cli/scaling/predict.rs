@@ -41,7 +41,7 @@ pub fn run(args: &Args) -> Result<()> {
     report.machine = Some(machine.name.clone());
     for mode in distinct(&args.modes) {
         for &ranks in ranks.iter().filter(|&&ranks| mode == Mode::Weak || ranks <= config.batches().0) {
-            let forecast = Forecast::new(&mode.config(&config, fewest, ranks)?, &machine, ranks);
+            let forecast = Forecast::new(&mode.config(&config, fewest, ranks)?, &machine, ranks)?;
             report.rows.extend(rows(&forecast, &machine, mode));
         }
     }

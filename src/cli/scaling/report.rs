@@ -104,7 +104,7 @@ impl Report {
         }
         let samples: Vec<Vec<Sample>> = runs.iter().map(samples).collect();
         let config = config::load(&study.config_file(mode, point), &[])?;
-        let forecast = machine.map(|machine| Forecast::new(&config, machine, point.ranks()));
+        let forecast = machine.map(|machine| Forecast::new(&config, machine, point.ranks())).transpose()?;
         for level in 0..config.levels.count {
             let of_level = |samples: &Vec<Sample>| samples.iter().find(|sample| sample.level == level).copied();
             let samples: Vec<Sample> = samples.iter().filter_map(of_level).collect();
