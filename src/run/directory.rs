@@ -14,6 +14,7 @@ const MAY_CHANGE: &[&str] = &[
     "parallel.device",
     "parallel.placement",
     "parallel.groups",
+    "parallel.zero",
     "parallel.threads",
     "parallel.timeout",
     "checkpoint",
