@@ -7,8 +7,7 @@
 //! MPI_IN_PLACE is a macro that the bindings lack: a sum is received into a second, pooled buffer.
 //!
 //! A scattered sum is an MPI_Ireduce to each rank, a gather an MPI_Ibcast from each: together they send no more than
-//! MPI_Ireduce_scatter and MPI_Iallgatherv should, and take parts of any lengths. Open MPI's non-blocking reduce-scatter
-//! sends everything through rank 0.
+//! MPI_Ireduce_scatter and MPI_Iallgatherv should, and take parts of any lengths.
 
 use super::mover::Mover;
 use super::parcel::Parcel;

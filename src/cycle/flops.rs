@@ -41,9 +41,9 @@ fn phases(config: &Config, spec: &Spec, op: &Op) -> Vec<Phase> {
             let flops = level_flops(config, spec, level) * (steps * nets);
             vec![Phase { level, coset, steps, flops, beside: false }]
         }
-        Op::Beside { fine, ref coarse, .. } => {
-            let fine = Op::Smooth { level: 0, coset: Coset::Index(0), steps: fine };
-            let sides = std::iter::once(&fine).chain(coarse).flat_map(|op| phases(config, spec, op));
+        Op::Beside { .. } => {
+            let smooths = op.smooths();
+            let sides = smooths.iter().flat_map(|op| phases(config, spec, op));
             sides.map(|phase| Phase { beside: true, ..phase }).collect()
         }
         Op::Descend { .. } | Op::Ascend { .. } => Vec::new(),

@@ -87,6 +87,18 @@ impl Op {
             Op::Descend { .. } | Op::Ascend { .. } => 0,
         }
     }
+
+    /// The smooths that it is made of; of a `Beside` the fine side's, then the coarse side's.
+    pub fn smooths(&self) -> Vec<Op> {
+        match self {
+            Op::Smooth { .. } => vec![self.clone()],
+            Op::Beside { fine, coarse, .. } => {
+                let fine = Op::Smooth { level: 0, coset: Coset::Index(0), steps: *fine };
+                std::iter::once(fine).chain(coarse.iter().flat_map(Op::smooths)).collect()
+            }
+            Op::Descend { .. } | Op::Ascend { .. } => Vec::new(),
+        }
+    }
 }
 
 /// Optimizer steps on a level.

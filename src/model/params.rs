@@ -113,8 +113,9 @@ impl Rounded {
             }
         };
         rounded.h = params.h;
-        let pairs = params.storage.iter().zip(&rounded.storage);
-        pairs.into_iter().try_for_each(|(exact, rounded)| access::cast(exact, rounded))?; // =
+        for (exact, rounded) in params.storage.iter().zip(&rounded.storage) {
+            access::cast(exact, rounded)?; // =
+        }
         Ok(rounded)
     }
 

@@ -21,7 +21,7 @@ use super::Machine;
 use super::stage::StageForecast;
 use crate::comm::Buckets;
 use crate::config::Config;
-use crate::cycle::{self, Coset, Op, Places};
+use crate::cycle::{self, Op, Places};
 use crate::error::Result;
 use crate::model::{Layout, Spec};
 use crate::{optim, run};
@@ -116,13 +116,7 @@ pub(super) fn in_turn(levels: &[LevelForecast], places: &Places, op: &Op) -> f64
         Op::Smooth { level, coset, steps } => steps as f64 * places.nets(level, coset) as f64 * levels[level].step_s,
         _ => 0.0,
     };
-    match op {
-        Op::Beside { fine, coarse, .. } => {
-            let fine = Op::Smooth { level: 0, coset: Coset::Index(0), steps: *fine };
-            std::iter::once(&fine).chain(coarse).map(smooth).sum()
-        }
-        _ => smooth(op),
-    }
+    op.smooths().iter().map(smooth).sum()
 }
 
 impl LevelForecast {
