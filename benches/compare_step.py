@@ -6,7 +6,7 @@
     python benches/compare_step.py --case wide --pairs 9 --json
 
 Every contender is a process that keeps its net. They work in turn, a few steps each, while the others sleep: a turn of all
-of them is a pair, and a change of the machine's speed meets all alike. Same shapes, f32, AdamW, clipping, threads. Printed
+of them is a pair, and a change of the machine's speed meets all alike. Same shapes, type, AdamW, clipping, threads. Printed
 are medians over all steps, their ratios (over 1: vcycle is faster) with the range over the pairs, the share of the matrix
 product peak that vcycle measured between its turns, and memory: the most that was resident, less what was resident
 before the net was built. Needs PyTorch; torch.compile needs a C++ compiler.
@@ -68,14 +68,18 @@ class Contender:
 
 
 def vcycle_command(args, case):
-    settings = [f"{key}={case[name]}" for name, key in KEYS.items()] + [f"parallel.threads={args.threads}", *args.set]
+    settings = [f"{key}={case[name]}" for name, key in KEYS.items()] + [
+        f"parallel.threads={args.threads}",
+        f"model.dtype={args.dtype}",
+        *args.set,
+    ]
     return [args.vcycle, "bench", "step", "--serve", *(word for setting in settings for word in ("--set", setting))]
 
 
 def torch_command(args, case, flags):
     sizes = [word for name in KEYS for word in (f"--{name}", str(case[name]))]
     script = str(pathlib.Path(__file__).parent / "pytorch_step.py")
-    return [sys.executable, script, "--serve", "--threads", str(args.threads), *sizes, *flags]
+    return [sys.executable, script, "--serve", "--threads", str(args.threads), "--dtype", args.dtype, *sizes, *flags]
 
 
 def compare(args, name):
@@ -114,6 +118,7 @@ def compare(args, name):
         "case": name,
         **case,
         "threads": args.threads,
+        "dtype": args.dtype,
         "pairs": args.pairs,
         "set": args.set,
         "torch": rest[0].greeting["torch"] if rest else None,
@@ -132,7 +137,7 @@ def cpu_model():
 
 def markdown(report):
     """A table for docs/PERFORMANCE.md."""
-    sizes = "{vocab:,} tokens, B {batch}, T {context}, width {width}, {heads} heads, {depth} blocks".format(**report)
+    sizes = "{dtype}, {vocab:,} tokens, B {batch}, T {context}, width {width}, {heads} heads, {depth} blocks".format(**report)
     peak = report["gemm_peak_flops"] / 1e9
     lines = [
         f"**{report['case']}**: {sizes}; {report['threads']} threads, {report['pairs']} pairs, peak {peak:.0f} GFLOP/s"
@@ -163,6 +168,7 @@ def main():
     parser.add_argument("--case", choices=[*CASES, "all"], default="all")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--dtype", choices=["f32", "bf16"], default="f32", help="of products; PyTorch: torch.autocast")
     parser.add_argument("--rivals", nargs="*", choices=["eager", "compiled"], default=["eager", "compiled"])
     parser.add_argument("--set", action="append", default=[], metavar="TABLE.KEY=VALUE", help="a key of vcycle's config")
     parser.add_argument("--vcycle", default=str(ROOT / "target" / "release" / "vcycle"), help="the program")

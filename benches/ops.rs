@@ -4,6 +4,7 @@
 use candle_core::{DType, Device, Tensor};
 use std::time::Instant;
 use vcycle::error::Result;
+use vcycle::ops::matrix::Factors;
 use vcycle::ops::*;
 
 /// As in the binary: it decides what the scratch of the `gemm` crate costs.
@@ -96,7 +97,9 @@ fn main() -> Result<()> {
     let [x, w, out] = [tensor(&[side, side]), tensor(&[side, side]), tensor(&[side, side])];
     // inside the pool, as a training step runs
     rayon::ThreadPoolBuilder::new().build()?.install(|| {
-        report.time("peak: 2048³", 0, 2 * side * side * side, 0, || linear::forward(&x, &w, None, 1.0, 0.0, &out))?;
+        report.time("peak: 2048³", 0, 2 * side * side * side, 0, || {
+            linear::forward(Factors::Exact, &x, &w, None, 1.0, 0.0, &out)
+        })?;
         products(&mut report)?;
         rows(&mut report)?;
         head(&mut report)
@@ -115,22 +118,23 @@ fn products(report: &mut Report) -> Result<()> {
         let [x, w, b, y] = [tensor(&[N, i]), tensor(&[o, i]), tensor(&[o]), tensor(&[N, o])];
         let flop = 2 * N * i * o;
         report.time(&format!("linear::forward {name}"), BLOCKS, flop, 0, || {
-            linear::forward(&x, &w, Some(&b), 1.0, 0.0, &y)
+            linear::forward(Factors::Exact, &x, &w, Some(&b), 1.0, 0.0, &y)
         })?;
         report.time(&format!("linear::backward_input {name}"), BLOCKS, flop, 0, || {
-            linear::backward_input(&y, &w, 1.0, 0.0, &x)
+            linear::backward_input(Factors::Exact, &y, &w, 1.0, 0.0, &x)
         })?;
         report.time(&format!("linear::backward_weight {name}"), BLOCKS, flop, 0, || {
-            linear::backward_weight(&y, &x, 1e-9, &w, Some(&b))
+            linear::backward_weight(Factors::Exact, &y, &x, 1e-9, &w, Some(&b))
         })?;
     }
     let [qkv, out, lse] = [tensor(&[N, 3 * D]), tensor(&[N, D]), tensor(&[SEQUENCES, HEADS, CONTEXT])];
     let [dout, dqkv] = [tensor(&[N, D]), tensor(&[N, 3 * D])];
     let product = N * CONTEXT * D;
-    report
-        .time("attention::forward", BLOCKS, 2 * product, 0, || attention::forward(&qkv, CONTEXT, HEADS, &out, &lse))?;
+    report.time("attention::forward", BLOCKS, 2 * product, 0, || {
+        attention::forward(Factors::Exact, &qkv, CONTEXT, HEADS, &out, &lse)
+    })?;
     report.time("attention::backward", BLOCKS, 5 * product, 0, || {
-        attention::backward(&qkv, &out, &lse, &dout, CONTEXT, HEADS, &dqkv)
+        attention::backward(Factors::Exact, &qkv, &out, &lse, &dout, CONTEXT, HEADS, &dqkv)
     })
 }
 
@@ -157,10 +161,11 @@ fn head(report: &mut Report) -> Result<()> {
     report.time("embedding::forward", 1, 0, 3 * bytes, || embedding::forward(&tokens, &wte, &wpe, &x))?;
     report.time("embedding::backward", 1, 0, 6 * bytes, || embedding::backward(&tokens, &x, &dwte, &wpe))?;
     let logits = Tensor::zeros((CHUNK, VOCAB), DType::F32, &Device::Cpu)?;
-    report
-        .time("classifier::loss", 0, 2 * N * D * VOCAB, 0, || classifier::loss(&x, &wte, &tokens, &logits).map(drop))?;
+    report.time("classifier::loss", 0, 2 * N * D * VOCAB, 0, || {
+        classifier::loss(Factors::Exact, &x, &wte, &tokens, &logits).map(drop)
+    })?;
     report.time("classifier::loss_and_gradient", 1, 6 * N * D * VOCAB, 0, || {
-        classifier::loss_and_gradient(&x, &wte, &tokens, 1e-9, &logits, &dx, &dwte).map(drop)
+        classifier::loss_and_gradient(Factors::Exact, &x, &wte, &tokens, 1e-9, &logits, &dx, &dwte).map(drop)
     })?;
     report.time("norm::sum_of_squares [V, d]", 2, 0, 4 * VOCAB * D, || norm::sum_of_squares(&wte).map(drop))
 }

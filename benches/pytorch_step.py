@@ -56,7 +56,8 @@ def build(args):
     def step():
         tokens, targets = torch.randint(args.vocab, (2, args.batch, args.context))
         optimizer.zero_grad(set_to_none=True)
-        loss = forward(tokens, targets, reduction="mean")
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.dtype == "bf16"):
+            loss = forward(tokens, targets, reduction="mean")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
@@ -81,6 +82,7 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--compile", action="store_true", help="torch.compile the net (needs a C++ compiler)")
     parser.add_argument("--adamw", default="fused", choices=["fused", "foreach", "loop"])
+    parser.add_argument("--dtype", default="f32", choices=["f32", "bf16"], help="bf16: under torch.autocast")
     parser.add_argument("--serve", action="store_true")
     args = parser.parse_args()
 

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use vcycle::config::{Integrator, Parametrization};
 use vcycle::error::{Context, Result};
 use vcycle::model::{Init, Layout, Net, Params, Ready, Spec};
+use vcycle::ops::matrix::Factors;
 
 const INTEGRATORS: [Integrator; 3] = [Integrator::Euler, Integrator::Split, Integrator::Heun];
 
@@ -25,6 +26,7 @@ fn small(integrator: Integrator) -> Spec {
         init_std: 0.02,
         recompute: false,
         dtype: DType::F32,
+        factors: Factors::Exact,
     }
 }
 

@@ -273,6 +273,25 @@ fn two_ranks_resume_bit_for_bit_and_other_world_sizes_go_on() {
     }
 }
 
+/// On a CPU: the losses of f32 nearly, the same for any number of threads, resumed bit for bit, also in the other type.
+#[test]
+fn products_in_bf16_train_as_f32_nearly_and_resume() {
+    let bench = Bench::new();
+    let bf16 = |threads| [CYCLES[1].1, &["model.dtype=bf16", threads]].concat();
+    let exact = bench.finished("f32", 1, CYCLES[1].1);
+    let whole = bench.finished("bf16", 1, &bf16("parallel.threads=1"));
+    assert_close(&losses(&whole), &losses(&exact), 1e-2);
+    assert_ne!(losses(&whole), losses(&exact));
+    assert_eq!(losses(&bench.finished("bf16-threads", 1, &bf16("parallel.threads=2"))), losses(&whole));
+    let cut = cut_at(&whole, 7);
+    expect_exit(bench.resume(&cut, 1, &bf16("parallel.threads=1")), 0);
+    assert_eq!(results(&cut), results(&whole));
+    assert_eq!(checksums(&cut, 12), checksums(&whole, 12));
+    let cut = cut_at(&exact, 7);
+    expect_exit(bench.resume(&cut, 2, &bf16("parallel.threads=1")), 0);
+    assert_close(&losses(&cut), &losses(&exact), 1e-2);
+}
+
 /// On MPI processes: on two of them the sums are the same, without clipping all is.
 #[test]
 fn sharded_optimizer_state_trains_as_the_whole_and_resumes() {

@@ -3,7 +3,8 @@
 use super::text;
 use crate::comm::{Reduction, World};
 use crate::error::{Context, Outcome, Result, bail};
-use crate::ops::matrix::{Mat, MatMut, multiply, multiply_parallel};
+use crate::ops::bf16;
+use crate::ops::matrix::{Factors, Mat, MatMut, multiply, multiply_parallel};
 use rustix::process::{Resource, getrlimit};
 use rustix::thread::sched_getaffinity;
 use std::fs;
@@ -89,7 +90,8 @@ fn check_machine() -> Vec<Check> {
         check_build(),
         check_cpu(),
         check_memory(),
-        check_gemm(),
+        check_gemm("gemm", Factors::Exact),
+        check_gemm("bf16", Factors::Bf16),
         check_gpu(),
         check_mpi_library(),
         check_hdf5(),
@@ -162,14 +164,15 @@ fn field(path: &str, key: &str) -> Option<String> {
     text.lines().find_map(value)
 }
 
-/// Speed of a product of two [n, n] matrices in f32, as training computes it: 2 n³ FLOPs.
-fn check_gemm() -> Check {
+/// Speed of a product of two [n, n] matrices as training computes it: 2 n³ FLOPs.
+fn check_gemm(name: &'static str, factors: Factors) -> Check {
     const N: usize = 1024;
+    type Product = fn(Factors, f64, Mat<f32>, Mat<f32>, f64, MatMut<f32>);
     let (a, b, mut c) = (vec![1f32; N * N], vec![1f32; N * N], vec![0f32; N * N]);
-    let mut gflops = |product: fn(f64, Mat<f32>, Mat<f32>, f64, MatMut<f32>)| {
+    let mut gflops = |product: Product| {
         let mut seconds = || {
             let start = Instant::now();
-            product(1.0, Mat::new(&a, N), Mat::new(&b, N), 0.0, MatMut::new(&mut c, N));
+            product(factors, 1.0, Mat::new(&a, N), Mat::new(&b, N), 0.0, MatMut::new(&mut c, N));
             start.elapsed().as_secs_f64()
         };
         let best = (0..5).map(|_| seconds()).fold(f64::INFINITY, f64::min);
@@ -177,7 +180,11 @@ fn check_gemm() -> Check {
     };
     let (one, all) = (gflops(multiply), gflops(multiply_parallel));
     let threads = rayon::current_num_threads();
-    Check::ok("gemm", format!("{one:.0} GFLOP/s on one thread, {all:.0} on {threads} (f32, n = {N})")).warn_if(
+    let how = match factors {
+        Factors::Exact => "f32",
+        Factors::Bf16 => bf16::instructions(),
+    };
+    Check::ok(name, format!("{one:.0} GFLOP/s on one thread, {all:.0} on {threads} ({how}, n = {N})")).warn_if(
         threads > 1 && all < 0.6 * one * threads as f64,
         "threads speed it up badly: other processes use these cores, or they are hyperthreads",
     )

@@ -30,7 +30,7 @@ words! {
     Dtype {
         /// Everything in f32.
         F32 = "f32",
-        /// Weights and activations in bf16; sums, master weights, gradients and moments in f32.
+        /// The factors of products in bf16; sums, master weights, gradients and moments in f32.
         Bf16 = "bf16",
     }
 }
@@ -215,7 +215,7 @@ table! {
         init_std: f64 = 0.02,
         /// Keep only each block's input and recompute its activations in the backward pass.
         recompute: bool = false,
-        /// `f32` or `bf16` (GPUs only): what activations and the products' factors are kept in. Parameters, their gradients and optimizer state are f32 always.
+        /// `f32` or `bf16`: what the factors of products are rounded to; on GPUs activations are kept in it too. Parameters, their gradients and optimizer state are f32 always.
         dtype: Dtype = Dtype::F32,
     }
 }

@@ -13,6 +13,7 @@
 use super::params::BlockParams;
 use super::tape::{Evaluation, Scratch};
 use crate::error::Result;
+use crate::ops::matrix::Factors;
 use crate::ops::{attention, gelu, layer_norm, linear};
 use candle_core::Tensor;
 
@@ -22,6 +23,8 @@ pub(super) struct Field<'a> {
     /// T
     pub context: usize,
     pub heads: usize,
+    /// What the factors of products are rounded to.
+    pub factors: Factors,
     pub scratch: &'a Scratch,
 }
 
@@ -30,18 +33,18 @@ impl Field<'_> {
     pub fn attention(&self, e: &Evaluation, s: f64, out: &Tensor) -> Result<()> {
         let (theta, normed) = (self.theta, &self.scratch.normed);
         layer_norm::forward(&e.x, &theta.ln1, normed, &e.stats1)?;
-        linear::forward(normed, &theta.qkv.weight, Some(&theta.qkv.bias), 1.0, 0.0, &e.qkv)?;
-        attention::forward(&e.qkv, self.context, self.heads, &e.att, &e.lse)?;
-        linear::forward(&e.att, &theta.attn_proj.weight, Some(&theta.attn_proj.bias), s, 1.0, out)
+        linear::forward(self.factors, normed, &theta.qkv.weight, Some(&theta.qkv.bias), 1.0, 0.0, &e.qkv)?;
+        attention::forward(self.factors, &e.qkv, self.context, self.heads, &e.att, &e.lse)?;
+        linear::forward(self.factors, &e.att, &theta.attn_proj.weight, Some(&theta.attn_proj.bias), s, 1.0, out)
     }
 
     /// out += s · FF(LN2 y), y = e.y. Keeps stats2 and fc (=).
     pub fn mlp(&self, e: &Evaluation, s: f64, out: &Tensor) -> Result<()> {
         let (theta, Scratch { normed, hidden, .. }) = (self.theta, self.scratch);
         layer_norm::forward(&e.y, &theta.ln2, normed, &e.stats2)?;
-        linear::forward(normed, &theta.fc.weight, Some(&theta.fc.bias), 1.0, 0.0, &e.fc)?;
+        linear::forward(self.factors, normed, &theta.fc.weight, Some(&theta.fc.bias), 1.0, 0.0, &e.fc)?;
         gelu::forward(&e.fc, hidden)?;
-        linear::forward(hidden, &theta.mlp_proj.weight, Some(&theta.mlp_proj.bias), s, 1.0, out)
+        linear::forward(self.factors, hidden, &theta.mlp_proj.weight, Some(&theta.mlp_proj.bias), s, 1.0, out)
     }
 
     /// dx += s · J_SAᵀ g, grads += s · ∂⟨g, SA(LN1 x)⟩/∂θ.
@@ -56,14 +59,14 @@ impl Field<'_> {
         dx: &Tensor,
     ) -> Result<()> {
         let (theta, Scratch { normed, dnormed, dqkv, .. }) = (self.theta, self.scratch);
-        linear::backward_weight(g, &e.att, s, &grads.attn_proj.weight, Some(&grads.attn_proj.bias))?; // +=
+        linear::backward_weight(self.factors, g, &e.att, s, &grads.attn_proj.weight, Some(&grads.attn_proj.bias))?; // +=
         let datt = dnormed;
-        linear::backward_input(g, &theta.attn_proj.weight, s, 0.0, datt)?; // =
-        attention::backward(&e.qkv, &e.att, &e.lse, datt, self.context, self.heads, dqkv)?; // =
+        linear::backward_input(self.factors, g, &theta.attn_proj.weight, s, 0.0, datt)?; // =
+        attention::backward(self.factors, &e.qkv, &e.att, &e.lse, datt, self.context, self.heads, dqkv)?; // =
 
         layer_norm::normalize(&e.x, &theta.ln1, &e.stats1, normed)?;
-        linear::backward_weight(dqkv, normed, 1.0, &grads.qkv.weight, Some(&grads.qkv.bias))?; // +=
-        linear::backward_input(dqkv, &theta.qkv.weight, 1.0, 0.0, dnormed)?; // =
+        linear::backward_weight(self.factors, dqkv, normed, 1.0, &grads.qkv.weight, Some(&grads.qkv.bias))?; // +=
+        linear::backward_input(self.factors, dqkv, &theta.qkv.weight, 1.0, 0.0, dnormed)?; // =
         layer_norm::backward(dnormed, &e.x, &theta.ln1, &e.stats1, dx, &grads.ln1) // dx +=, dln +=
     }
 
@@ -71,14 +74,14 @@ impl Field<'_> {
     pub fn mlp_adjoint(&self, grads: &BlockParams, e: &Evaluation, s: f64, g: &Tensor, dy: &Tensor) -> Result<()> {
         let (theta, Scratch { normed, dnormed, hidden, .. }) = (self.theta, self.scratch);
         gelu::forward(&e.fc, hidden)?;
-        linear::backward_weight(g, hidden, s, &grads.mlp_proj.weight, Some(&grads.mlp_proj.bias))?; // +=
+        linear::backward_weight(self.factors, g, hidden, s, &grads.mlp_proj.weight, Some(&grads.mlp_proj.bias))?; // +=
         let dhidden = hidden;
-        linear::backward_input(g, &theta.mlp_proj.weight, s, 0.0, dhidden)?; // =
+        linear::backward_input(self.factors, g, &theta.mlp_proj.weight, s, 0.0, dhidden)?; // =
         gelu::backward(&e.fc, dhidden)?; // in place
 
         layer_norm::normalize(&e.y, &theta.ln2, &e.stats2, normed)?;
-        linear::backward_weight(dhidden, normed, 1.0, &grads.fc.weight, Some(&grads.fc.bias))?; // +=
-        linear::backward_input(dhidden, &theta.fc.weight, 1.0, 0.0, dnormed)?; // =
+        linear::backward_weight(self.factors, dhidden, normed, 1.0, &grads.fc.weight, Some(&grads.fc.bias))?; // +=
+        linear::backward_input(self.factors, dhidden, &theta.fc.weight, 1.0, 0.0, dnormed)?; // =
         layer_norm::backward(dnormed, &e.y, &theta.ln2, &e.stats2, dy, &grads.ln2) // dy +=, dln +=
     }
 }

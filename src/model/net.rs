@@ -62,7 +62,7 @@ impl Net {
         let pass = self.pass(params, tokens, targets)?;
         pass.forward()?;
         let w = pass.work;
-        classifier::loss(&w.scratch.normed, &params.ends.head, &w.targets, &w.logits)
+        classifier::loss(pass.spec.factors, &w.scratch.normed, &params.ends.head, &w.targets, &w.logits)
     }
 
     /// As [`Net::loss`], and grads += scale · gradient. Calls `ready` as soon as a part of the gradient is final: blocks
@@ -128,6 +128,7 @@ impl Pass<'_> {
             theta: &self.params.blocks[n],
             context: self.context,
             heads: self.spec.heads,
+            factors: self.spec.factors,
             scratch: &self.work.scratch,
         }
     }
@@ -172,6 +173,7 @@ impl Pass<'_> {
         let (w, ends) = (self.work, &self.params.ends);
         let (normed, dnormed) = (&w.scratch.normed, &w.scratch.dnormed);
         let loss = classifier::loss_and_gradient(
+            self.spec.factors,
             normed,
             &ends.head,
             &w.targets,
@@ -196,6 +198,7 @@ mod tests {
     use super::*;
     use crate::config::Integrator;
     use crate::model::Layout;
+    use crate::ops::matrix::Factors;
     use crate::ops::testing::{assert_all_close, assert_close, assert_gpu_equals_cpu, constant, random};
 
     /// Loss and gradient of short sequences are those of a net that has no later positions.
@@ -229,6 +232,28 @@ mod tests {
         assert_all_close(&[grad, without(&grad_ends)], &[short_grad, short_grad_ends], 0.0);
         let later = grad_ends.narrow(1, kept, next - kept).unwrap();
         assert_close(&later, &later.zeros_like().unwrap(), 0.0);
+    }
+
+    /// Every product of a step rounds its factors, and nothing else is changed: the gradient deviates as bf16 does.
+    #[test]
+    fn factors_in_bf16_move_the_gradient_a_little() {
+        let exact = Spec { width: 16, depth: 2, ..Spec::small() };
+        let rounded = Spec { factors: Factors::Bf16, ..exact.clone() };
+        let theta = random(&[2, Layout::block(&exact).len()], DType::F32, 1);
+        let theta_ends = random(&[1, Layout::ends(&exact).len()], DType::F32, 2);
+        let tokens: Vec<u32> = (0..10).map(|i| i * i % 11).collect();
+        let run = |spec: &Spec| {
+            let mut net = Net::new(spec, 2, 2, DType::F32, &Device::Cpu).unwrap();
+            let (grad, grad_ends) = (theta.zeros_like().unwrap(), theta_ends.zeros_like().unwrap());
+            let params = |theta, ends| Params::view(spec, theta, &[0, 1], ends, 0.5).unwrap();
+            let (params, grads) = (params(&theta, &theta_ends), params(&grad, &grad_ends));
+            let loss = net.loss_and_gradient(&params, &grads, &tokens, &tokens, 0.1, &mut |_| Ok(())).unwrap();
+            assert_eq!(net.loss(&params, &tokens, &tokens).unwrap(), loss);
+            (loss, [grad, grad_ends])
+        };
+        let ((loss, gradient), (rounded_loss, rounded_gradient)) = (run(&exact), run(&rounded));
+        assert!(loss != rounded_loss && (loss - rounded_loss).abs() < 2e-2 * loss, "{rounded_loss} is not {loss}");
+        assert_all_close(&rounded_gradient, &gradient, 2e-2);
     }
 
     /// The loss and the whole gradient, through every op in the order of a step.

@@ -1,7 +1,9 @@
 //! Shape of the net.
 
-use crate::config::{Config, Dtype, Integrator, Parametrization};
-use candle_core::DType;
+use crate::config::{Config, DeviceKind, Dtype, Integrator, Parametrization};
+use crate::ops::access;
+use crate::ops::matrix::Factors;
+use candle_core::{DType, Device};
 
 /// Shape of the net, from a config and the vocabulary.
 #[derive(Clone, Debug)]
@@ -21,8 +23,10 @@ pub struct Spec {
     pub tied: bool,
     pub init_std: f64,
     pub recompute: bool,
-    /// Element type of activations and of the weights in products.
+    /// Element type of activations and of the weights that are read with them.
     pub dtype: DType,
+    /// What a CPU rounds the factors of products to; a GPU multiplies what it is given.
+    pub factors: Factors,
 }
 
 impl Spec {
@@ -40,11 +44,21 @@ impl Spec {
             tied: model.tied,
             init_std: model.init_std,
             recompute: model.recompute,
-            dtype: match model.dtype {
-                Dtype::F32 => DType::F32,
-                Dtype::Bf16 => DType::BF16,
+            dtype: match (model.dtype, config.parallel.device) {
+                (Dtype::Bf16, DeviceKind::Auto | DeviceKind::Cuda) => DType::BF16,
+                (Dtype::F32, _) | (_, DeviceKind::Cpu) => DType::F32,
+            },
+            factors: match model.dtype {
+                Dtype::F32 => Factors::Exact,
+                Dtype::Bf16 => Factors::Bf16,
             },
         }
+    }
+
+    /// The same net on `device`: what a CPU keeps is f32.
+    pub fn on(self, device: &Device) -> Spec {
+        let dtype = if access::computes_in_bf16(device) { self.dtype } else { DType::F32 };
+        Spec { dtype, ..self }
     }
 
     /// A net small enough for tests.
@@ -62,6 +76,7 @@ impl Spec {
             init_std: 0.02,
             recompute: false,
             dtype: DType::F32,
+            factors: Factors::Exact,
         }
     }
 }

@@ -5,7 +5,7 @@
 //! dv = Pᵀ dout,   D = rowsum(dout · out),   dS = P (dout vᵀ - D) / √head_dim,   dq = dS k,   dk = dSᵀ q
 //! ```
 use super::access::{check_mixed, matrix_shape, on_device, read, write};
-use super::matrix::{Mat, MatMut, multiply};
+use super::matrix::{Factors, Mat, MatMut, multiply};
 use super::profile;
 use super::real::{Real, dot, reduce, sum, vectorized, with_scratch};
 use crate::error::{Result, ensure};
@@ -18,7 +18,7 @@ const BLOCK: usize = 64;
 
 /// Causal softmax attention. qkv [B*T, 3d] (rows: q | k | v, each heads × head_dim), out [B*T, d] (=), lse [B, heads, T] (=):
 /// log-sum-exp of each row of scaled scores, all that the backward needs. Never holds T×T: query blocks, causal part only.
-pub fn forward(qkv: &Tensor, context: usize, heads: usize, out: &Tensor, lse: &Tensor) -> Result<()> {
+pub fn forward(factors: Factors, qkv: &Tensor, context: usize, heads: usize, out: &Tensor, lse: &Tensor) -> Result<()> {
     const OP: &str = "attention::forward";
     let _time = profile::time(OP);
     let shape = Shape::of(OP, qkv, context, heads)?;
@@ -34,7 +34,7 @@ pub fn forward(qkv: &Tensor, context: usize, heads: usize, out: &Tensor, lse: &T
             let out = MatMut::new(out, shape.width());
             lse.par_chunks_mut(context).enumerate().for_each(|(task, lse)| {
                 let (rows, columns) = shape.place(task);
-                let inputs = Head::new(&qkv, shape, task);
+                let inputs = Head::new(factors, &qkv, shape, task);
                 // SAFETY: each task has its own sequence or head.
                 forward_head(inputs, unsafe { out.disjoint_block(rows, columns) }, lse);
             });
@@ -44,7 +44,9 @@ pub fn forward(qkv: &Tensor, context: usize, heads: usize, out: &Tensor, lse: &T
 }
 
 /// dqkv (=) from dout, recomputing the probabilities block by block from lse. Shapes as in [`forward`].
+#[allow(clippy::too_many_arguments)]
 pub fn backward(
+    factors: Factors,
     qkv: &Tensor,
     out: &Tensor,
     lse: &Tensor,
@@ -86,7 +88,7 @@ pub fn backward(
                     dqkv.disjoint_block(rows.clone(), columns.start + offset..columns.end + offset)
                 };
                 let outputs = [out, dout].map(|x| x.block(rows.clone(), columns.clone()));
-                backward_head(Head::new(&qkv, shape, task), outputs, lse, [part(0), part(1), part(2)]);
+                backward_head(Head::new(factors, &qkv, shape, task), outputs, lse, [part(0), part(1), part(2)]);
             });
             Ok(())
         })
@@ -147,6 +149,7 @@ impl Shape {
 /// q, k, v [T, head_dim] of one head of one sequence.
 #[derive(Clone, Copy)]
 struct Head<'a, T> {
+    factors: Factors,
     q: Mat<'a, T>,
     k: Mat<'a, T>,
     v: Mat<'a, T>,
@@ -155,14 +158,14 @@ struct Head<'a, T> {
 }
 
 impl<'a, T: Real> Head<'a, T> {
-    fn new(qkv: &'a [T], shape: Shape, task: usize) -> Head<'a, T> {
+    fn new(factors: Factors, qkv: &'a [T], shape: Shape, task: usize) -> Head<'a, T> {
         let qkv = Mat::new(qkv, 3 * shape.width());
         let (rows, columns) = shape.place(task);
         let part = |i: usize| {
             let offset = i * shape.width();
             qkv.block(rows.clone(), columns.start + offset..columns.end + offset)
         };
-        Head { q: part(0), k: part(1), v: part(2), context: shape.context, head_dim: shape.head_dim }
+        Head { factors, q: part(0), k: part(1), v: part(2), context: shape.context, head_dim: shape.head_dim }
     }
     fn scale(&self) -> f64 {
         1.0 / (self.head_dim as f64).sqrt()
@@ -176,7 +179,7 @@ impl<'a, T: Real> Head<'a, T> {
     fn scores(&self, queries: &Range<usize>, scores: &mut [T]) {
         let q = self.q.block(queries.clone(), 0..self.head_dim);
         let k = self.k.block(0..queries.end, 0..self.head_dim);
-        multiply(self.scale(), q, k.t(), 0.0, MatMut::new(scores, queries.end));
+        multiply(self.factors, self.scale(), q, k.t(), 0.0, MatMut::new(scores, queries.end));
     }
 }
 
@@ -191,7 +194,7 @@ fn forward_head<T: Real>(head: Head<T>, mut out: MatMut<T>, lse: &mut [T]) {
             }
             let v = head.v.block(0..keys, 0..head.head_dim);
             let out = out.block(queries, 0..head.head_dim);
-            multiply(1.0, Mat::new(scores, keys), v, 0.0, out);
+            multiply(head.factors, 1.0, Mat::new(scores, keys), v, 0.0, out);
         }
     });
 }
@@ -231,15 +234,15 @@ fn backward_head<T: Real>(
             let (q, dout) = (head.q.block(queries.clone(), all.clone()), dout.block(queries.clone(), all.clone()));
             let (k, v) = (head.k.block(0..keys, all.clone()), head.v.block(0..keys, all.clone()));
             head.scores(&queries, p);
-            multiply(1.0, dout, v.t(), 0.0, MatMut::new(ds, keys));
+            multiply(head.factors, 1.0, dout, v.t(), 0.0, MatMut::new(ds, keys));
             for (i, (p, ds)) in p.chunks_exact_mut(keys).zip(ds.chunks_exact_mut(keys)).enumerate() {
                 let query = queries.start + i;
                 score_gradient_row([p, ds], query + 1, lse[query], [dout.row(i), out.row(query)], T::of(head.scale()));
             }
             let (p, ds) = (Mat::new(p, keys), Mat::new(ds, keys));
-            multiply(1.0, p.t(), dout, beta, dv.block(0..keys, all.clone()));
-            multiply(1.0, ds.t(), q, beta, dk.block(0..keys, all.clone()));
-            multiply(1.0, ds, k, 0.0, dq.block(queries, all.clone()));
+            multiply(head.factors, 1.0, p.t(), dout, beta, dv.block(0..keys, all.clone()));
+            multiply(head.factors, 1.0, ds.t(), q, beta, dk.block(0..keys, all.clone()));
+            multiply(head.factors, 1.0, ds, k, 0.0, dq.block(queries, all.clone()));
             beta = 1.0;
         }
     });
@@ -279,8 +282,8 @@ mod tests {
     fn run([b, t, h, _]: [usize; 4], qkv: &Tensor, dout: &Tensor) -> [Tensor; 3] {
         let dtype = qkv.dtype();
         let [out, lse, dqkv] = [unset(dout.dims(), dtype), unset(&[b, h, t], dtype), unset(qkv.dims(), dtype)];
-        forward(qkv, t, h, &out, &lse).unwrap();
-        backward(qkv, &out, &lse, dout, t, h, &dqkv).unwrap();
+        forward(Factors::Exact, qkv, t, h, &out, &lse).unwrap();
+        backward(Factors::Exact, qkv, &out, &lse, dout, t, h, &dqkv).unwrap();
         [out, lse, dqkv]
     }
 
@@ -338,7 +341,7 @@ mod tests {
         elements[30 * 3 * h * k] = f64::NAN;
         let qkv = view(&elements, qkv.dims(), DType::F32);
         let [out, lse] = [unset(&[t, h * k], DType::F32), unset(&[1, h, t], DType::F32)];
-        forward(&qkv, t, h, &out, &lse).unwrap();
+        forward(Factors::Exact, &qkv, t, h, &out, &lse).unwrap();
         let is_nan: Vec<usize> = (0..t).filter(|i| values(&out)[i * k].is_nan()).collect();
         assert_eq!(is_nan, [30]);
     }
@@ -354,7 +357,14 @@ mod tests {
     fn wrong_shapes_are_named() {
         let (qkv, dout) = inputs([1, 6, 2, 2], DType::F32);
         let lse = unset(&[1, 2, 6], DType::F32);
-        assert!(forward(&qkv, 4, 2, &dout, &lse).unwrap_err().to_string().contains("no whole sequences of 4"));
-        assert!(forward(&qkv, 6, 5, &dout, &lse).unwrap_err().to_string().contains("no q, k, v of 5 heads"));
+        assert!(
+            forward(Factors::Exact, &qkv, 4, 2, &dout, &lse)
+                .unwrap_err()
+                .to_string()
+                .contains("no whole sequences of 4")
+        );
+        assert!(
+            forward(Factors::Exact, &qkv, 6, 5, &dout, &lse).unwrap_err().to_string().contains("no q, k, v of 5 heads")
+        );
     }
 }

@@ -9,7 +9,7 @@
 use super::access::{check, check_indices, check_mixed, matrix_shape, on_device, read, write};
 #[cfg(any(feature = "cuda", test))]
 use super::cuda;
-use super::matrix::{Mat, MatMut, multiply};
+use super::matrix::{Factors, Mat, MatMut, multiply};
 use super::profile;
 use super::real::{PIECE, Real, vectorized, with_scratch};
 use crate::error::Result;
@@ -25,7 +25,7 @@ const TASK: usize = 4;
 /// Σ_i −log softmax(x wᵀ)[i, targets[i]] in chunks of rows of `logits`, so that [n, V] is never held.
 /// x [n, d], w [V, d], targets U32 [n]; logits [chunk, V] is scratch (=, its content means nothing to the caller).
 /// Columns that pad the vocabulary count as logits like the others.
-pub fn loss(x: &Tensor, w: &Tensor, targets: &Tensor, logits: &Tensor) -> Result<f64> {
+pub fn loss(factors: Factors, x: &Tensor, w: &Tensor, targets: &Tensor, logits: &Tensor) -> Result<f64> {
     const OP: &str = "classifier::loss";
     let _time = profile::time(OP);
     let Shape { n, d, vocab, chunk } = Shape::of(OP, x, w, logits)?;
@@ -36,13 +36,15 @@ pub fn loss(x: &Tensor, w: &Tensor, targets: &Tensor, logits: &Tensor) -> Result
         check_indices(OP, "target", &targets, vocab)?;
         write(logits, |logits: &mut [T]| {
             let chunks = x.chunks(chunk * d).zip(targets.chunks(chunk));
-            Ok(chunks.map(|(x, targets)| Chunk::new(x, &w, targets).with_stats(|c, stats| c.loss(logits, stats))).sum())
+            Ok(chunks.map(|(x, targets)| Chunk::new(factors, x, &w, targets).with_stats(|c, stats| c.loss(logits, stats))).sum())
         })
     })
 }
 
 /// As [`loss`], and at once dx = scale * dL/dx (=), dw += scale * dL/dw.
+#[allow(clippy::too_many_arguments)]
 pub fn loss_and_gradient(
+    factors: Factors,
     x: &Tensor,
     w: &Tensor,
     targets: &Tensor,
@@ -64,7 +66,7 @@ pub fn loss_and_gradient(
         check_indices(OP, "target", &targets, vocab)?;
         write(logits, |logits: &mut [T]| write(dx, |dx: &mut [T]| write(dw, |dw: &mut [T]| {
             let chunks = x.chunks(chunk * d).zip(dx.chunks_mut(chunk * d)).zip(targets.chunks(chunk));
-            Ok(chunks.map(|((x, dx), targets)| Chunk::new(x, &w, targets).with_stats(|c, stats| {
+            Ok(chunks.map(|((x, dx), targets)| Chunk::new(factors, x, &w, targets).with_stats(|c, stats| {
                 let loss = c.loss(logits, stats);
                 c.gradient(T::of(scale), logits, stats, dx, dw);
                 loss
@@ -155,6 +157,7 @@ impl Shape {
 
 /// Some rows of x with their targets, and w.
 struct Chunk<'a, T> {
+    factors: Factors,
     x: Mat<'a, T>,
     w: Mat<'a, T>,
     targets: &'a [u32],
@@ -184,9 +187,9 @@ impl<'a, T> Stats<'a, T> {
 }
 
 impl<'a, T: Real> Chunk<'a, T> {
-    fn new(x: &'a [T], w: &'a [T], targets: &'a [u32]) -> Chunk<'a, T> {
+    fn new(factors: Factors, x: &'a [T], w: &'a [T], targets: &'a [u32]) -> Chunk<'a, T> {
         let d = x.len() / targets.len();
-        Chunk { x: Mat::new(x, d), w: Mat::new(w, d), targets, d, vocab: w.len() / d }
+        Chunk { factors, x: Mat::new(x, d), w: Mat::new(w, d), targets, d, vocab: w.len() / d }
     }
 
     fn rows(&self) -> usize {
@@ -208,7 +211,7 @@ impl<'a, T: Real> Chunk<'a, T> {
         let tiles = logits[..self.vocab * rows].par_chunks_mut(TILE * rows).zip(stats.par_chunks_mut(stats_len));
         tiles.enumerate().with_max_len(1).for_each(|(n, (z, stats))| {
             let tokens = self.tile(n);
-            multiply(1.0, self.w.rows(tokens.clone()), self.x.t(), 0.0, MatMut::new(z, rows));
+            multiply(self.factors, 1.0, self.w.rows(tokens.clone()), self.x.t(), 0.0, MatMut::new(z, rows));
             let stats = Stats::split(stats);
             stats.target.fill(T::zero());
             for (i, token) in self.targets_in(&tokens) {
@@ -240,8 +243,8 @@ impl<'a, T: Real> Chunk<'a, T> {
                             dz[token * rows + i] -= scale;
                         }
                         let (dz, beta) = (Mat::new(dz, rows), if n == 0 { 0.0 } else { 1.0 });
-                        multiply(1.0, dz.t(), self.w.rows(tokens), beta, MatMut::new(dx, d));
-                        multiply(1.0, dz, self.x, 1.0, MatMut::new(dw, d));
+                        multiply(self.factors, 1.0, dz.t(), self.w.rows(tokens), beta, MatMut::new(dx, d));
+                        multiply(self.factors, 1.0, dz, self.x, 1.0, MatMut::new(dw, d));
                     }
                 },
             );
@@ -357,7 +360,8 @@ mod tests {
     fn run([.., v, chunk]: [usize; 4], (x, w, targets): &(Tensor, Tensor, Tensor), scale: f64) -> ([Tensor; 2], f64) {
         let dtype = x.dtype();
         let [dx, dw] = [unset(x.dims(), dtype), constant(2.0, w.dims(), dtype)];
-        let loss = loss_and_gradient(x, w, targets, scale, &unset(&[chunk, v], dtype), &dx, &dw).unwrap();
+        let loss =
+            loss_and_gradient(Factors::Exact, x, w, targets, scale, &unset(&[chunk, v], dtype), &dx, &dw).unwrap();
         ([dx, plus(&dw, -2.0)], loss)
     }
 
@@ -381,7 +385,7 @@ mod tests {
                 let (actual, total) = run(shape, inputs, 0.5);
                 assert_all_close(&actual, &gradients, tolerance);
                 assert!((total - expected).abs() <= tolerance * expected.abs());
-                assert_eq!(loss(x, w, targets, &unset(&[chunk, v], dtype)).unwrap(), total);
+                assert_eq!(loss(Factors::Exact, x, w, targets, &unset(&[chunk, v], dtype)).unwrap(), total);
             }
         }
     }
@@ -392,7 +396,14 @@ mod tests {
             let inputs @ (x, w, targets) = &inputs(shape, DType::F64);
             let (gradients, _) = run(shape, inputs, 1.0);
             let loss = |inputs: &[Tensor]| {
-                loss(&copy_of(&inputs[0]), &copy_of(&inputs[1]), targets, &unset(&[chunk, v], DType::F64)).unwrap()
+                loss(
+                    Factors::Exact,
+                    &copy_of(&inputs[0]),
+                    &copy_of(&inputs[1]),
+                    targets,
+                    &unset(&[chunk, v], DType::F64),
+                )
+                .unwrap()
             };
             assert_gradients(loss, &[x.clone(), w.clone()], &gradients);
         }
@@ -424,7 +435,7 @@ mod tests {
     fn a_target_out_of_range_is_named() {
         let (x, w, _) = inputs([2, 3, 7, 2], DType::F32);
         let targets = Tensor::new(&[1u32, 7], &candle_core::Device::Cpu).unwrap();
-        let wrong = loss(&x, &w, &targets, &unset(&[2, 7], DType::F32)).unwrap_err().to_string();
+        let wrong = loss(Factors::Exact, &x, &w, &targets, &unset(&[2, 7], DType::F32)).unwrap_err().to_string();
         assert!(wrong.contains("target 7 at position 1 is not below the vocabulary's 7"), "{wrong}");
     }
 }

@@ -2,7 +2,7 @@
 use super::access::{check, check_mixed, matrix_shape, on_device, read, write};
 #[cfg(any(feature = "cuda", test))]
 use super::cuda;
-use super::matrix::{Mat, MatMut, for_each_tile, multiply, multiply_parallel};
+use super::matrix::{Factors, Mat, MatMut, for_each_tile, multiply, multiply_parallel};
 use super::profile;
 use super::real::{Real, rows_per_piece, vectorized, with_scratch};
 use crate::error::Result;
@@ -10,7 +10,15 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 
 /// out = beta * out + alpha * (x wᵀ + b).  x [n, i], w [o, i], b [o], out [n, o]. beta = 0 never reads out.
-pub fn forward(x: &Tensor, w: &Tensor, b: Option<&Tensor>, alpha: f64, beta: f64, out: &Tensor) -> Result<()> {
+pub fn forward(
+    factors: Factors,
+    x: &Tensor,
+    w: &Tensor,
+    b: Option<&Tensor>,
+    alpha: f64,
+    beta: f64,
+    out: &Tensor,
+) -> Result<()> {
     const OP: &str = "linear::forward";
     let (n, i) = matrix_shape(OP, "x", x)?;
     let (o, _) = matrix_shape(OP, "w", w)?;
@@ -43,7 +51,7 @@ pub fn forward(x: &Tensor, w: &Tensor, b: Option<&Tensor>, alpha: f64, beta: f64
                     scale_and_add_to_rows(T::of(beta), T::of(alpha), &b[tile.cols.clone()], &mut tile.elements);
                     beta = 1.0;
                 }
-                multiply(alpha, x.rows(tile.rows), w.columns(tile.cols), beta, tile.elements);
+                multiply(factors, alpha, x.rows(tile.rows), w.columns(tile.cols), beta, tile.elements);
             });
             Ok(())
         })
@@ -51,7 +59,7 @@ pub fn forward(x: &Tensor, w: &Tensor, b: Option<&Tensor>, alpha: f64, beta: f64
 }
 
 /// dx = beta * dx + alpha * dy w. dy [n, o], w [o, i], dx [n, i]. beta = 0 never reads dx.
-pub fn backward_input(dy: &Tensor, w: &Tensor, alpha: f64, beta: f64, dx: &Tensor) -> Result<()> {
+pub fn backward_input(factors: Factors, dy: &Tensor, w: &Tensor, alpha: f64, beta: f64, dx: &Tensor) -> Result<()> {
     const OP: &str = "linear::backward_input";
     let (n, o) = matrix_shape(OP, "dy", dy)?;
     let (_, i) = matrix_shape(OP, "w", w)?;
@@ -62,7 +70,7 @@ pub fn backward_input(dy: &Tensor, w: &Tensor, alpha: f64, beta: f64, dx: &Tenso
     }, T => {
         let (dy, w) = (read::<T>(dy)?, read::<T>(w)?);
         write(dx, |dx: &mut [T]| {
-            multiply_parallel(alpha, Mat::new(&dy, o), Mat::new(&w, i), beta, MatMut::new(dx, i));
+            multiply_parallel(factors, alpha, Mat::new(&dy, o), Mat::new(&w, i), beta, MatMut::new(dx, i));
             Ok(())
         })
     })
@@ -70,7 +78,14 @@ pub fn backward_input(dy: &Tensor, w: &Tensor, alpha: f64, beta: f64, dx: &Tenso
 
 /// dw += alpha * dyᵀ x;  db += alpha * column sums of dy. dy [n, o], x [n, i], dw [o, i], db [o]; dw and db may be
 /// views of one storage.
-pub fn backward_weight(dy: &Tensor, x: &Tensor, alpha: f64, dw: &Tensor, db: Option<&Tensor>) -> Result<()> {
+pub fn backward_weight(
+    factors: Factors,
+    dy: &Tensor,
+    x: &Tensor,
+    alpha: f64,
+    dw: &Tensor,
+    db: Option<&Tensor>,
+) -> Result<()> {
     const OP: &str = "linear::backward_weight";
     let (n, o) = matrix_shape(OP, "dy", dy)?;
     let (_, i) = matrix_shape(OP, "x", x)?;
@@ -91,7 +106,7 @@ pub fn backward_weight(dy: &Tensor, x: &Tensor, alpha: f64, dw: &Tensor, db: Opt
     }, T => {
         let (dy, x) = (read::<T>(dy)?, read::<T>(x)?);
         write(dw, |dw: &mut [T]| {
-            multiply_parallel(alpha, Mat::new(&dy, o).t(), Mat::new(&x, i), 1.0, MatMut::new(dw, i));
+            multiply_parallel(factors, alpha, Mat::new(&dy, o).t(), Mat::new(&x, i), 1.0, MatMut::new(dw, i));
             Ok(())
         })?;
         match db {
@@ -166,11 +181,11 @@ mod tests {
                 let tolerance = if dtype == DType::F64 { 1e-13 } else { 1e-5 };
                 let [x, w, b, y0] = inputs(shape, dtype);
                 let out = unset(y.dims(), dtype);
-                forward(&x, &w, Some(&b), 0.5, 0.0, &out).unwrap();
+                forward(Factors::Exact, &x, &w, Some(&b), 0.5, 0.0, &out).unwrap();
                 assert_close(&out, &(&affine * 0.5).unwrap(), tolerance);
-                forward(&x, &w, None, 1.0, 0.0, &out).unwrap();
+                forward(Factors::Exact, &x, &w, None, 1.0, 0.0, &out).unwrap();
                 assert_close(&out, &product, tolerance);
-                forward(&x, &w, Some(&b), -2.0, 3.0, &y0).unwrap();
+                forward(Factors::Exact, &x, &w, Some(&b), -2.0, 3.0, &y0).unwrap();
                 assert_close(&y0, &((&y * 3.0).unwrap() - (&affine * 2.0).unwrap()).unwrap(), tolerance);
             }
         }
@@ -183,22 +198,22 @@ mod tests {
             let run = |dtype| {
                 let [x, w, b, dy] = inputs(shape, dtype);
                 let dx = unset(x.dims(), dtype);
-                backward_input(&dy, &w, 0.5, 0.0, &dx).unwrap();
+                backward_input(Factors::Exact, &dy, &w, 0.5, 0.0, &dx).unwrap();
                 let [dw, db] = [constant(2.0, w.dims(), dtype), constant(2.0, b.dims(), dtype)];
-                backward_weight(&dy, &x, 0.5, &dw, Some(&db)).unwrap();
+                backward_weight(Factors::Exact, &dy, &x, 0.5, &dw, Some(&db)).unwrap();
                 [dx, plus(&dw, -2.0), plus(&db, -2.0)]
             };
             let gradients = run(DType::F64);
             let loss = |inputs: &[Tensor]| {
                 let out = unset(dy.dims(), DType::F64);
-                forward(&inputs[0], &inputs[1], Some(&inputs[2]), 0.5, 0.0, &out).unwrap();
+                forward(Factors::Exact, &inputs[0], &inputs[1], Some(&inputs[2]), 0.5, 0.0, &out).unwrap();
                 inner(&out, &dy)
             };
             assert_gradients(loss, &[x.clone(), w.clone(), b], &gradients);
             assert_all_close(&run(DType::F32), &gradients, 1e-5);
 
             let dx = copy_of(&x);
-            backward_input(&dy, &w, 0.5, 3.0, &dx).unwrap();
+            backward_input(Factors::Exact, &dy, &w, 0.5, 3.0, &dx).unwrap();
             assert_close(&dx, &(&gradients[0] + (&x * 3.0).unwrap()).unwrap(), 1e-13);
         }
     }
@@ -208,9 +223,9 @@ mod tests {
         let [x, w, b, dy] = inputs([20, 6, 4], DType::F32);
         let row = constant(0.0, &[28], DType::F32);
         let [dw, db] = [row.narrow(0, 0, 24).unwrap().reshape((4, 6)).unwrap(), row.narrow(0, 24, 4).unwrap()];
-        backward_weight(&dy, &x, 1.0, &dw, Some(&db)).unwrap();
+        backward_weight(Factors::Exact, &dy, &x, 1.0, &dw, Some(&db)).unwrap();
         let [dw2, db2] = [constant(0.0, w.dims(), DType::F32), constant(0.0, b.dims(), DType::F32)];
-        backward_weight(&dy, &x, 1.0, &dw2, Some(&db2)).unwrap();
+        backward_weight(Factors::Exact, &dy, &x, 1.0, &dw2, Some(&db2)).unwrap();
         assert_all_close(&[dw, db], &[dw2, db2], 0.0);
     }
 
@@ -220,9 +235,9 @@ mod tests {
         assert_independent_of_threads(|| {
             let [out, dx] = [unset(dy.dims(), DType::F32), unset(x.dims(), DType::F32)];
             let [dw, db] = [constant(0.0, w.dims(), DType::F32), constant(0.0, b.dims(), DType::F32)];
-            forward(&x, &w, Some(&b), 1.0, 0.0, &out).unwrap();
-            backward_input(&dy, &w, 1.0, 0.0, &dx).unwrap();
-            backward_weight(&dy, &x, 1.0, &dw, Some(&db)).unwrap();
+            forward(Factors::Exact, &x, &w, Some(&b), 1.0, 0.0, &out).unwrap();
+            backward_input(Factors::Exact, &dy, &w, 1.0, 0.0, &dx).unwrap();
+            backward_weight(Factors::Exact, &dy, &x, 1.0, &dw, Some(&db)).unwrap();
             vec![out, dx, dw, db]
         });
     }
@@ -231,20 +246,28 @@ mod tests {
     fn wrong_arguments_are_named() {
         let [x, w, b, dy] = inputs([3, 5, 2], DType::F32);
         let message = |result: Result<()>| result.unwrap_err().to_string();
-        let wrong = message(forward(&x, &w, Some(&x), 1.0, 0.0, &dy));
+        let wrong = message(forward(Factors::Exact, &x, &w, Some(&x), 1.0, 0.0, &dy));
         assert!(wrong.contains("b has shape [3, 5], expected [2]"), "{wrong}");
-        let wrong = message(forward(&x, &w.to_dtype(DType::F64).unwrap(), Some(&b), 1.0, 0.0, &dy));
+        let wrong = message(forward(Factors::Exact, &x, &w.to_dtype(DType::F64).unwrap(), Some(&b), 1.0, 0.0, &dy));
         assert!(wrong.contains("w is F64, expected F32"), "{wrong}");
-        let wrong = message(backward_input(&dy, &w, 1.0, 0.0, &x.t().unwrap().contiguous().unwrap().t().unwrap()));
+        let wrong = message(backward_input(
+            Factors::Exact,
+            &dy,
+            &w,
+            1.0,
+            0.0,
+            &x.t().unwrap().contiguous().unwrap().t().unwrap(),
+        ));
         assert!(wrong.contains("dx is not contiguous"), "{wrong}");
         let square = constant(1.0, &[3, 3], DType::F32);
-        let wrong = message(forward(&square, &square, None, 1.0, 0.0, &square));
+        let wrong = message(forward(Factors::Exact, &square, &square, None, 1.0, 0.0, &square));
         assert!(wrong.contains("out shares its storage with x"), "{wrong}");
         let empty = Tensor::zeros((0, 5), DType::F32, &candle_core::Device::Cpu).unwrap();
-        let wrong = message(forward(&empty, &w, Some(&b), 1.0, 0.0, &dy));
+        let wrong = message(forward(Factors::Exact, &empty, &w, Some(&b), 1.0, 0.0, &dy));
         assert!(wrong.contains("x has shape [0, 5], expected a matrix that is not empty"), "{wrong}");
         let half = x.to_dtype(DType::BF16).unwrap();
-        let wrong = message(forward(&half, &half, None, 1.0, 0.0, &half.matmul(&half.t().unwrap()).unwrap()));
+        let wrong =
+            message(forward(Factors::Exact, &half, &half, None, 1.0, 0.0, &half.matmul(&half.t().unwrap()).unwrap()));
         assert!(wrong.contains("no kernel for BF16"), "{wrong}");
     }
 }

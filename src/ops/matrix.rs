@@ -1,8 +1,16 @@
-//! Strided matrix views and their product, by the `gemm` crate.
+//! Strided matrix views and their product, by the `gemm` crate, or in [`bf16`](super::bf16).
 use super::real::Real;
 use rayon::prelude::*;
 use std::marker::PhantomData;
 use std::ops::Range;
+
+/// What the factors of a product are rounded to; its sums are not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Factors {
+    /// Nothing: they stay what they are.
+    Exact,
+    Bf16,
+}
 
 /// A read-only matrix view.
 #[derive(Clone, Copy)]
@@ -53,6 +61,25 @@ impl<'a, T: Copy> Mat<'a, T> {
     pub fn columns(self, cols: Range<usize>) -> Mat<'a, T> {
         self.block(0..self.rows, cols)
     }
+    pub fn row_count(self) -> usize {
+        self.rows
+    }
+    pub fn col_count(self) -> usize {
+        self.cols
+    }
+    /// The elements of a row lie together; else those of a column do.
+    pub fn is_row_major(self) -> bool {
+        self.col_stride == 1
+    }
+    pub fn at(self, row: usize, col: usize) -> T {
+        // SAFETY: in bounds by the assertion in `pointer` and the construction.
+        unsafe { *self.pointer(row, col) }
+    }
+    /// Where an element is.
+    pub fn pointer(self, row: usize, col: usize) -> *const T {
+        assert!(row < self.rows && col < self.cols);
+        self.data.wrapping_add(row * self.row_stride + col * self.col_stride)
+    }
     pub fn row(self, row: usize) -> &'a [T] {
         assert!(row < self.rows && self.col_stride == 1);
         // SAFETY: in bounds by the assertion and the construction.
@@ -91,6 +118,10 @@ impl<'a, T> MatMut<'a, T> {
     }
     pub fn rows(&self) -> usize {
         self.rows
+    }
+    /// From an element to the one below it.
+    pub fn row_stride(&self) -> usize {
+        self.row_stride
     }
 }
 
@@ -144,16 +175,24 @@ fn part(n: usize, parts: usize, i: usize) -> Range<usize> {
 }
 
 /// c = beta c + alpha a b on all threads of the pool. beta = 0 does not read c.
-pub fn multiply_parallel<T: Real>(alpha: f64, a: Mat<T>, b: Mat<T>, beta: f64, c: MatMut<T>) {
-    for_each_tile(c, |tile| multiply(alpha, a.rows(tile.rows), b.columns(tile.cols), beta, tile.elements));
+pub fn multiply_parallel<T: Real>(factors: Factors, alpha: f64, a: Mat<T>, b: Mat<T>, beta: f64, c: MatMut<T>) {
+    for_each_tile(c, |tile| multiply(factors, alpha, a.rows(tile.rows), b.columns(tile.cols), beta, tile.elements));
 }
 
 /// c = beta c + alpha a b on this thread. beta = 0 does not read c.
 ///
-/// An element of c gets the same bits whatever larger product this one is a tile of: the `gemm` crate adds up k in
-/// an order that depends on k alone, but for thin products and those of at most 64 × 64.
-pub fn multiply<T: Real>(alpha: f64, a: Mat<T>, b: Mat<T>, beta: f64, c: MatMut<T>) {
+/// An element of c gets the same bits whatever larger product this one is a tile of.
+pub fn multiply<T: Real>(factors: Factors, alpha: f64, a: Mat<T>, b: Mat<T>, beta: f64, c: MatMut<T>) {
     assert!(a.rows == c.rows && a.cols == b.rows && b.cols == c.cols, "shapes of a product");
+    match factors {
+        Factors::Exact => multiply_exactly(alpha, a, b, beta, c),
+        Factors::Bf16 => T::multiply_bf16(alpha, a, b, beta, c),
+    }
+}
+
+/// c = beta c + alpha a b by the `gemm` crate; the shapes fit. It adds up k in an order that depends on k alone, but for
+/// thin products and those of at most 64 × 64.
+pub(super) fn multiply_exactly<T: Real>(alpha: f64, a: Mat<T>, b: Mat<T>, beta: f64, c: MatMut<T>) {
     // SAFETY: the views are in bounds by construction, their shapes fit, and c overlaps nothing.
     // The crate calls alpha what multiplies c, and beta what multiplies the product.
     unsafe {
@@ -213,14 +252,14 @@ mod tests {
                 (Mat::new(&a, m).t(), Mat::new(&b, n)),
             ] {
                 let mut whole = vec![f32::NAN; m * n];
-                multiply(0.5, a, b, 0.0, MatMut::new(&mut whole, n));
+                multiply(Factors::Exact, 0.5, a, b, 0.0, MatMut::new(&mut whole, n));
                 for (row_tiles, col_tiles) in [(1, 2), (1, 5), (m.div_ceil(96), 2)] {
                     let mut tiled = vec![f32::NAN; m * n];
                     for tile in 0..row_tiles * col_tiles {
                         let (rows, cols) = (part(m, row_tiles, tile / col_tiles), part(n, col_tiles, tile % col_tiles));
                         let c = MatMut::new(&mut tiled, n);
                         let c = unsafe { c.disjoint_block(rows.clone(), cols.clone()) };
-                        multiply(0.5, a.rows(rows), b.columns(cols), 0.0, c);
+                        multiply(Factors::Exact, 0.5, a.rows(rows), b.columns(cols), 0.0, c);
                     }
                     assert!(whole == tiled, "{m} × {n} × {k} in {row_tiles} × {col_tiles} tiles");
                 }

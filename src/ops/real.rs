@@ -1,4 +1,6 @@
 //! The element types of the kernels, and what kernels share: vectorisation, scratch memory, the size of a piece of work.
+use super::bf16;
+use super::matrix::{Mat, MatMut};
 use candle_core::{CpuStorage, WithDType};
 use std::cell::RefCell;
 use std::ops::Neg;
@@ -20,6 +22,8 @@ pub trait Real: WithDType + Neg<Output = Self> {
     fn slice_mut(storage: &mut CpuStorage) -> Option<&mut [Self]>;
     /// Idle scratch buffers of this thread, for [`with_scratch`].
     fn scratch_pool() -> &'static LocalKey<RefCell<Vec<Vec<Self>>>>;
+    /// c = beta c + alpha a b with factors rounded to bf16; the shapes fit.
+    fn multiply_bf16(alpha: f64, a: Mat<Self>, b: Mat<Self>, beta: f64, c: MatMut<Self>);
 
     /// The larger of both; self if `other` is NaN.
     #[inline(always)]
@@ -29,7 +33,7 @@ pub trait Real: WithDType + Neg<Output = Self> {
 }
 
 macro_rules! real {
-    ($t:ident, $dtype:ident, $exp:expr) => {
+    ($t:ident, $dtype:ident, $exp:expr, $multiply_bf16:expr) => {
         impl Real for $t {
             const NEG_INFINITY: $t = $t::NEG_INFINITY;
             #[inline(always)]
@@ -54,12 +58,15 @@ macro_rules! real {
                 thread_local!(static POOL: RefCell<Vec<Vec<$t>>> = const { RefCell::new(Vec::new()) });
                 &POOL
             }
+            fn multiply_bf16(alpha: f64, a: Mat<$t>, b: Mat<$t>, beta: f64, c: MatMut<$t>) {
+                $multiply_bf16(alpha, a, b, beta, c)
+            }
         }
     };
 }
 
-real!(f32, F32, exp_f32);
-real!(f64, F64, f64::exp);
+real!(f32, F32, exp_f32, bf16::multiply);
+real!(f64, F64, f64::exp, bf16::multiply_rounded);
 
 /// e^x = 2^n e^r, n = round(x / ln 2), |r| ≤ ln 2 / 2, with the polynomial of Cephes' `expf`; branch-free, so that it
 /// vectorises. Relative error below 2e-7; x is clamped to ±87.3, where neither it nor its inverse leaves

@@ -23,7 +23,7 @@ use crate::error::Result;
 use crate::model::{Segment, Shard};
 #[cfg(any(feature = "cuda", test))]
 use crate::ops::cuda::{Address, Gpu, Operand};
-use crate::ops::matrix::{Mat, MatMut, multiply};
+use crate::ops::matrix::{Factors, Mat, MatMut, multiply};
 use crate::ops::real::{Real, reduce, vectorized, with_scratch};
 use candle_core::Tensor;
 
@@ -174,15 +174,15 @@ fn orthogonalize<'a, T: Real>(mut x: &'a mut [T], workspace: &'a mut [T], column
     for _ in 0..ITERATIONS {
         let view = Mat::new(x, columns);
         let (left, right) = if rows <= columns { (view, view.t()) } else { (view.t(), view) };
-        multiply(1.0, left, right, 0.0, MatMut::new(gram, small));
+        multiply(Factors::Exact, 1.0, left, right, 0.0, MatMut::new(gram, small));
         // polynomial = a I + b A + c A²
         let [a, b, c] = QUINTIC;
         polynomial.copy_from_slice(gram);
-        multiply(c, Mat::new(gram, small), Mat::new(gram, small), b, MatMut::new(polynomial, small));
+        multiply(Factors::Exact, c, Mat::new(gram, small), Mat::new(gram, small), b, MatMut::new(polynomial, small));
         polynomial.iter_mut().step_by(small + 1).for_each(|diagonal| *diagonal += T::of(a));
         let polynomial = Mat::new(polynomial, small);
         let (left, right) = if rows <= columns { (polynomial, view) } else { (view, polynomial) };
-        multiply(1.0, left, right, 0.0, MatMut::new(next, columns));
+        multiply(Factors::Exact, 1.0, left, right, 0.0, MatMut::new(next, columns));
         std::mem::swap(&mut x, &mut next);
     }
     x
@@ -288,7 +288,7 @@ mod tests {
             let x = Mat::new(orthogonalize(&mut u, &mut workspace, columns), columns);
             let (left, right) = if rows <= columns { (x, x.t()) } else { (x.t(), x) };
             let mut gram = vec![0.0; small * small];
-            multiply(1.0, left, right, 0.0, MatMut::new(&mut gram, small));
+            multiply(Factors::Exact, 1.0, left, right, 0.0, MatMut::new(&mut gram, small));
             let largest = largest_eigenvalue(&gram, small);
             gram.iter_mut().for_each(|a| *a = -*a);
             gram.iter_mut().step_by(small + 1).for_each(|a| *a += largest);

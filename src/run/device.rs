@@ -1,26 +1,17 @@
 //! The device of a rank.
 
 use crate::comm::{Communicator, agree};
-use crate::config::{Config, DeviceKind, Dtype};
+use crate::config::{Config, DeviceKind};
 use crate::error::{Result, bail, ensure};
-use crate::ops::access;
 use candle_core::Device;
 
-/// The device that `parallel.device` means on this rank; `auto` takes a GPU where the build and the machine have one. It
-/// computes in `model.dtype`, or that is an error.
+/// The device that `parallel.device` means on this rank; `auto` takes a GPU where the build and the machine have one.
 pub fn device(config: &Config) -> Result<Device> {
-    let device = match config.parallel.device {
-        DeviceKind::Cpu => Device::Cpu,
-        DeviceKind::Auto if !gpu_visible() => Device::Cpu,
-        DeviceKind::Auto | DeviceKind::Cuda => gpu()?,
-    };
-    ensure!(
-        config.model.dtype == Dtype::F32 || access::computes_in_bf16(&device),
-        "model.dtype = \"{}\" needs a GPU, but parallel.device = \"{}\" is a CPU here, which computes in f32: take model.dtype = \"f32\"",
-        config.model.dtype,
-        config.parallel.device
-    );
-    Ok(device)
+    match config.parallel.device {
+        DeviceKind::Cpu => Ok(Device::Cpu),
+        DeviceKind::Auto if !gpu_visible() => Ok(Device::Cpu),
+        DeviceKind::Auto | DeviceKind::Cuda => gpu(),
+    }
 }
 
 #[cfg(feature = "cuda")]
@@ -141,12 +132,5 @@ mod tests {
     fn ranks_on_cpus_pass() {
         let passed = thread::run(2, |comm| group_of_gpus(comm, &Device::Cpu).is_ok_and(|group| group.is_none()));
         assert_eq!(passed, [true; 2]);
-    }
-
-    #[test]
-    fn a_cpu_refuses_bf16() {
-        let config = crate::config::parse("[data]\ndir = 'x'\n[model]\ndtype = 'bf16'", &[]).unwrap();
-        let refused = device(&config).unwrap_err().to_string();
-        assert!(refused.starts_with("model.dtype = \"bf16\" needs a GPU"), "{refused}");
     }
 }

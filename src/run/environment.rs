@@ -2,7 +2,9 @@
 
 use crate::comm::{self, Communicator, Reduction};
 use crate::error::{Context, Result};
+use crate::model::Spec;
 use crate::ops::linear;
+use crate::ops::matrix::{Factors, Mat, MatMut, multiply_parallel};
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -29,68 +31,47 @@ pub fn use_threads(wanted: usize, ranks_on_node: usize) -> Result<usize> {
     Ok(threads)
 }
 
-/// FLOP/s that the matrix products in `dtype` of all ranks reach together, each on its threads or its GPU, all at once.
+/// FLOP/s that the matrix products of `spec` reach on all ranks together, each on its threads or its GPU, all at once.
 /// Collective.
-pub fn gemm_peak(comm: &mut dyn Communicator, device: &Device, dtype: DType) -> Result<f64> {
+pub fn gemm_peak(comm: &mut dyn Communicator, device: &Device, spec: &Spec) -> Result<f64> {
     comm.barrier()?;
-    let mut peak = [if device.is_cpu() { gemm_peak_of_cpu() } else { gemm_peak_of_gpu(device, dtype)? }];
+    let mut peak =
+        [if device.is_cpu() { gemm_peak_of_cpu(spec.factors)? } else { gemm_peak_of_gpu(device, spec.dtype)? }];
     comm.reduce(&mut peak, Reduction::Sum)?;
     Ok(peak[0])
 }
 
-/// As [`gemm_peak_of_cpu`], on a GPU.
+/// FLOP/s of the fastest of some square products, large enough for the cost of a call not to count.
+fn peak(size: usize, mut product: impl FnMut() -> Result<()>) -> Result<f64> {
+    let mut best = f64::INFINITY;
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_millis(150) {
+        let one = Instant::now();
+        product()?;
+        best = best.min(one.elapsed().as_secs_f64());
+    }
+    Ok(2.0 * (size as f64).powi(3) / best)
+}
+
 fn gemm_peak_of_gpu(device: &Device, dtype: DType) -> Result<f64> {
     const SIZE: usize = 8192;
     let matrix = || Tensor::full(0.5f32, (SIZE, SIZE), device)?.to_dtype(dtype);
     let (a, b, c) = (matrix()?, matrix()?, matrix()?);
-    let mut best = f64::INFINITY;
-    let start = Instant::now();
-    while start.elapsed() < Duration::from_millis(150) {
-        let one = Instant::now();
-        linear::backward_input(&a, &b, 1.0, 0.0, &c)?;
-        device.synchronize()?;
-        best = best.min(one.elapsed().as_secs_f64());
-    }
-    Ok(2.0 * (SIZE as f64).powi(3) / best)
+    peak(SIZE, || {
+        linear::backward_input(Factors::Exact, &a, &b, 1.0, 0.0, &c)?;
+        Ok(device.synchronize()?)
+    })
 }
 
-/// FLOP/s of the fastest of some square products, large enough for the cost of a call not to count.
-fn gemm_peak_of_cpu() -> f64 {
+fn gemm_peak_of_cpu(factors: Factors) -> Result<f64> {
     const SIZE: usize = 768;
     let (a, b) = (vec![0.5f32; SIZE * SIZE], vec![0.5f32; SIZE * SIZE]);
     let mut c = vec![0f32; SIZE * SIZE];
-    let mut best = f64::INFINITY;
-    let start = Instant::now();
-    while start.elapsed() < Duration::from_millis(150) {
-        let one = Instant::now();
-        let row = SIZE as isize;
-        // SAFETY: all three matrices are SIZE × SIZE, row-major, and c aliases neither a nor b.
-        unsafe {
-            gemm::gemm(
-                SIZE,
-                SIZE,
-                SIZE,
-                c.as_mut_ptr(),
-                1,
-                row,
-                false,
-                a.as_ptr(),
-                1,
-                row,
-                b.as_ptr(),
-                1,
-                row,
-                0.0,
-                1.0,
-                false,
-                false,
-                false,
-                gemm::Parallelism::Rayon(rayon::current_num_threads()),
-            );
-        }
-        best = best.min(one.elapsed().as_secs_f64());
-    }
-    2.0 * (SIZE as f64).powi(3) / best
+    peak(SIZE, || {
+        let (a, b, c) = (Mat::new(&a, SIZE), Mat::new(&b, SIZE), MatMut::new(&mut c, SIZE));
+        multiply_parallel(factors, 1.0, a, b, 0.0, c);
+        Ok(())
+    })
 }
 
 /// The host of each rank. Collective.

@@ -74,7 +74,7 @@ impl Learner {
     /// Builds and initialises everything on `device` for `config`, whose vocabulary is resolved, on rank `rank` of `ranks`; `smallest`: ranks
     /// of the smallest group that shares a global batch.
     pub fn new(config: &Config, device: &Device, smallest: usize, rank: usize, ranks: usize) -> Result<Learner> {
-        let spec = Spec::new(config);
+        let spec = Spec::new(config).on(device);
         let optimizer = optim::new(&config.optimizer);
         let moments: Vec<_> = optimizer.moments().iter().map(|m| (m.name, m.power)).collect();
         let division = optim::division(&config.parallel, &*optimizer, rank, ranks);

@@ -123,7 +123,7 @@ impl Trainer {
             let restored = restore(checkpoint, &config, &mut learner, &mut progress);
             agree(comm, restored)?;
         }
-        let peak_flops = environment::gemm_peak(comm, learner.device(), learner.spec().dtype)?;
+        let peak_flops = environment::gemm_peak(comm, learner.device(), learner.spec())?;
         let executor = Executor::new(comm, learner, places, &progress.plan)?;
         let hosts = environment::hosts(comm)?;
         let root = if is_root {

@@ -8,7 +8,7 @@ use crate::cli::text::{percent, seconds};
 use crate::comm::{Communicator, Exchange, World};
 use crate::error::{Context, Outcome, Result, bail, ensure};
 use crate::model::Layout;
-use crate::ops::matrix::{Mat, MatMut, multiply_parallel};
+use crate::ops::matrix::{Factors, Mat, MatMut, multiply_parallel};
 use crate::ops::profile;
 use crate::{optim, run};
 use candle_core::{DType, Device, Tensor};
@@ -196,7 +196,7 @@ impl Work {
         let start = Instant::now();
         for _ in 0..products {
             let (a, b) = (Mat::new(&self.a, Work::SIZE), Mat::new(&self.b, Work::SIZE));
-            multiply_parallel(1.0, a, b, 0.0, MatMut::new(&mut self.c, Work::SIZE));
+            multiply_parallel(Factors::Exact, 1.0, a, b, 0.0, MatMut::new(&mut self.c, Work::SIZE));
         }
         start.elapsed().as_secs_f64()
     }

@@ -109,7 +109,7 @@ impl Subject {
 
     /// FLOP/s that products reach on the device of the net.
     fn gemm_peak(&mut self) -> Result<f64> {
-        run::gemm_peak(&mut self.comm, self.learner.device(), self.learner.spec().dtype)
+        run::gemm_peak(&mut self.comm, self.learner.device(), self.learner.spec())
     }
 
     /// Model FLOPs of a step on the fine net.

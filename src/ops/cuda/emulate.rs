@@ -3,7 +3,7 @@
 //! Inside [`run`] every op of this thread takes its CPU tensors for tensors on a GPU. Products are not emulated but
 //! computed by `ops::matrix` in f32, rounded as cuBLAS rounds.
 use super::{Address, Kernels, Operand};
-use crate::ops::matrix::{Mat, MatMut, multiply as multiply_matrices};
+use crate::ops::matrix::{Factors, Mat, MatMut, multiply as multiply_matrices};
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Tensor};
 use half::bf16;
 use sha2::{Digest, Sha256};
@@ -151,7 +151,7 @@ pub fn multiply([m, n, k]: [usize; 3], alpha: f64, a: Operand, b: Operand, beta:
     let a_matrix = if a.transposed { a_matrix.t() } else { a_matrix };
     let b_matrix = if b.transposed { b_matrix.t() } else { b_matrix };
     let mut product = if beta == 0.0 { vec![0.0; m * n] } else { values(&c, m, n) };
-    multiply_matrices(alpha, a_matrix, b_matrix, beta, MatMut::new(&mut product, n));
+    multiply_matrices(Factors::Exact, alpha, a_matrix, b_matrix, beta, MatMut::new(&mut product, n));
     for (row, values) in product.chunks(n).enumerate() {
         for (column, &value) in values.iter().enumerate() {
             let i = row * c.pitch + column;

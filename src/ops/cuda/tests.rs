@@ -1,4 +1,5 @@
 //! Every op on a GPU against its CPU twin, on shapes that are no multiples of any tile.
+use crate::ops::matrix::Factors;
 use crate::ops::testing::{assert_gpu_equals_cpu, random, random_indices, values};
 use crate::ops::{access, attention, classifier, embedding, gelu, layer_norm, linear, norm, residual};
 use candle_core::{DType, Device, Tensor};
@@ -66,11 +67,11 @@ fn linear_maps() {
             let [x, w, b, dy, old] = [&x, &w, &b, &dy, &dy].map(|x| place.input(x));
             let [out, dx] = [place.unset(&[n, o]), place.unset(&[n, i])];
             let [dw, db] = [place.sums_of(2.0, &[o, i]), place.sums_of(-1.0, &[o])];
-            linear::forward(&x, &w, Some(&b), 1.0, 0.0, &out).unwrap();
-            linear::forward(&x, &w, Some(&b), 0.5, 2.0, &old).unwrap();
-            linear::backward_input(&dy, &w, 0.25, 0.0, &dx).unwrap();
-            linear::backward_weight(&dy, &x, 0.5, &dw, Some(&db)).unwrap();
-            linear::backward_weight(&dy, &x, -1.0, &dw, None).unwrap();
+            linear::forward(Factors::Exact, &x, &w, Some(&b), 1.0, 0.0, &out).unwrap();
+            linear::forward(Factors::Exact, &x, &w, Some(&b), 0.5, 2.0, &old).unwrap();
+            linear::backward_input(Factors::Exact, &dy, &w, 0.25, 0.0, &dx).unwrap();
+            linear::backward_weight(Factors::Exact, &dy, &x, 0.5, &dw, Some(&db)).unwrap();
+            linear::backward_weight(Factors::Exact, &dy, &x, -1.0, &dw, None).unwrap();
             vec![out, old, dx, dw, db]
         });
     }
@@ -113,8 +114,8 @@ fn causal_attention() {
             let [qkv, dout] = [place.input(&qkv), place.input(&dout)];
             let [out, dqkv] = [place.unset(dout.dims()), place.unset(qkv.dims())];
             let lse = place.unset_sums(&[b, h, t]);
-            attention::forward(&qkv, t, h, &out, &lse).unwrap();
-            attention::backward(&qkv, &out, &lse, &dout, t, h, &dqkv).unwrap();
+            attention::forward(Factors::Exact, &qkv, t, h, &out, &lse).unwrap();
+            attention::backward(Factors::Exact, &qkv, &out, &lse, &dout, t, h, &dqkv).unwrap();
             vec![out, lse, dqkv]
         });
     }
@@ -125,7 +126,7 @@ fn a_head_that_no_tile_holds_is_refused() {
     let refused = super::emulate::run(|| {
         let qkv = inputs(&[2, 3 * 136], 1).to_dtype(DType::F32).unwrap();
         let [out, lse] = [[2, 136].as_slice(), &[1, 1, 2]].map(|s| Tensor::zeros(s, DType::F32, &Device::Cpu).unwrap());
-        attention::forward(&qkv, 2, 1, &out, &lse).unwrap_err().to_string()
+        attention::forward(Factors::Exact, &qkv, 2, 1, &out, &lse).unwrap_err().to_string()
     });
     assert!(refused.is_none_or(|error| error.contains("at most 128 elements, these have 136")));
 }
@@ -139,8 +140,9 @@ fn classifier_in_chunks() {
         assert_gpu_equals_cpu(&format!("classifier [{n}, {d}] → {v}"), [1e-5, 1e-2], |place| {
             let [x, w, targets] = [place.input(&x), place.input(&w), place.indices(&targets)];
             let [logits, dx, dw] = [place.unset(&[chunk, v]), place.unset(&[n, d]), place.sums_of(2.0, &[v, d])];
-            let loss = classifier::loss(&x, &w, &targets, &logits).unwrap();
-            let again = classifier::loss_and_gradient(&x, &w, &targets, 0.5, &logits, &dx, &dw).unwrap();
+            let loss = classifier::loss(Factors::Exact, &x, &w, &targets, &logits).unwrap();
+            let again =
+                classifier::loss_and_gradient(Factors::Exact, &x, &w, &targets, 0.5, &logits, &dx, &dw).unwrap();
             assert_eq!(loss, again);
             vec![dx, dw, Tensor::new(loss, &Device::Cpu).unwrap()]
         });
@@ -184,6 +186,7 @@ fn indices_out_of_range_give_nan_and_leave_the_rest_alone() {
         let [dwte, dwpe] = [place(&[2, 2]), place(&[3, 2])];
         embedding::backward(&tokens, &place(&[3, 2]), &dwte, &dwpe).unwrap();
         let loss = classifier::loss(
+            Factors::Exact,
             &out.narrow(0, 0, 1).unwrap(),
             &place(&[2, 2]),
             &Tensor::new(&[7u32], &Device::Cpu).unwrap(),

@@ -1,0 +1,116 @@
+//! Products of f32 matrices with both factors rounded to bf16, sums in f32:
+//!
+//! ```text
+//! c = beta c + bf16(alpha a) bf16(b)
+//! ```
+//!
+//! The factors are packed ([`pack`]) into panels of 32 rows of a and 32 columns of b, in the order in which the kernels
+//! ([`kernel`]) read them; a kernel adds the product of two panels to a block of c. A CPU without instructions for
+//! products of bf16 multiplies the rounded factors in f32.
+mod kernel;
+mod pack;
+
+use super::matrix::{Mat, MatMut, multiply_exactly};
+use super::real::{Real, with_scratch};
+use half::bf16;
+use kernel::Kernel;
+
+/// Rows of a panel of a, columns of one of b.
+const PANEL: usize = 32;
+/// Elements of k in a step of a kernel: a row of a tile.
+const STEP: usize = 32;
+/// Pairs of bf16 that a step reads from a panel.
+const STEP_PAIRS: usize = PANEL * STEP / 2;
+/// At most this many elements of k are packed at once: 32 KiB a panel.
+const MAX_K: usize = 512;
+/// Rows of a and columns of b that are packed at once: 128 KiB and 1 MiB, which stay in a second cache of 2 MiB.
+const MAX_ROWS: usize = 128;
+const MAX_COLS: usize = 1024;
+
+/// What this CPU multiplies bf16 with.
+pub fn instructions() -> &'static str {
+    Kernel::of_this_cpu().map_or("f32, rounded before", Kernel::name)
+}
+
+/// c = beta c + bf16(alpha a) bf16(b) on this thread. beta = 0 does not read c.
+///
+/// An element of c gets the same bits whatever larger product this one is a tile of.
+pub fn multiply(alpha: f64, a: Mat<f32>, b: Mat<f32>, beta: f64, mut c: MatMut<f32>) {
+    let Some(kernel) = Kernel::of_this_cpu() else { return multiply_rounded(alpha, a, b, beta, c) };
+    let keep = beta != 0.0;
+    if keep && beta != 1.0 {
+        scale(beta as f32, &mut c);
+    }
+    by_blocks(kernel, alpha as f32, a, b, keep, c);
+}
+
+/// As [`multiply`], by a product of f32 or f64.
+pub fn multiply_rounded<T: Real>(alpha: f64, a: Mat<T>, b: Mat<T>, beta: f64, c: MatMut<T>) {
+    let (rows, cols, k) = (a.row_count(), b.col_count(), a.col_count());
+    with_scratch(k * (rows + cols), |scratch: &mut [T]| {
+        let (rounded_a, rounded_b) = scratch.split_at_mut(rows * k);
+        round(alpha, a, rounded_a);
+        round(1.0, b, rounded_b);
+        multiply_exactly(1.0, Mat::new(rounded_a, k), Mat::new(rounded_b, cols), beta, c);
+    });
+}
+
+/// out = bf16(factor x), row by row.
+fn round<T: Real>(factor: f64, x: Mat<T>, out: &mut [T]) {
+    let factor = T::of(factor);
+    for (i, out) in out.chunks_exact_mut(x.col_count().max(1)).enumerate() {
+        for (j, out) in out.iter_mut().enumerate() {
+            *out = T::of(bf16::from_f64((factor * x.at(i, j)).to_f64()).to_f64());
+        }
+    }
+}
+
+fn scale(beta: f32, c: &mut MatMut<f32>) {
+    (0..c.rows()).for_each(|i| c.row(i).iter_mut().for_each(|c| *c *= beta));
+}
+
+/// c = alpha a b, added to c if `keep`.
+fn by_blocks(kernel: Kernel, alpha: f32, a: Mat<f32>, b: Mat<f32>, keep: bool, mut c: MatMut<f32>) {
+    let (rows, cols, k) = (a.row_count(), b.col_count(), a.col_count());
+    if k == 0 && !keep {
+        return scale(0.0, &mut c);
+    }
+    let panels = |n: usize| n.div_ceil(PANEL);
+    let steps = k.min(MAX_K).div_ceil(STEP);
+    let (a_len, b_len) =
+        (panels(rows.min(MAX_ROWS)) * steps * STEP_PAIRS, panels(cols.min(MAX_COLS)) * steps * STEP_PAIRS);
+    pack::with_pairs(a_len + b_len, |pairs| {
+        let (packed_a, packed_b) = pairs.split_at_mut(a_len);
+        kernel.session(|kernel| {
+            for k in blocks(k, MAX_K) {
+                let keep = keep || k.start > 0;
+                for cols in blocks(cols, MAX_COLS) {
+                    pack::columns(b.block(k.clone(), cols.clone()), packed_b);
+                    for rows in blocks(rows, MAX_ROWS) {
+                        pack::rows(alpha, a.block(rows.clone(), k.clone()), packed_a);
+                        let c = c.block(rows, cols.clone());
+                        multiply_packed(kernel, k.len().div_ceil(STEP), packed_a, packed_b, keep, c);
+                    }
+                }
+            }
+        });
+    });
+}
+
+/// The parts of 0..n of `len`, the last one shorter.
+fn blocks(n: usize, len: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+    (0..n.div_ceil(len)).map(move |i| i * len..((i + 1) * len).min(n))
+}
+
+/// c = the product of packed panels of `steps` steps, added to c if `keep`.
+fn multiply_packed(kernel: &kernel::Session, steps: usize, a: &[u32], b: &[u32], keep: bool, mut c: MatMut<f32>) {
+    let panel = steps * STEP_PAIRS;
+    for (cols, b) in blocks(c.cols(), PANEL).zip(b.chunks_exact(panel)) {
+        for (rows, a) in blocks(c.rows(), PANEL).zip(a.chunks_exact(panel)) {
+            kernel.multiply(a, b, keep, c.block(rows, cols.clone()));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
