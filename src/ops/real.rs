@@ -117,11 +117,16 @@ pub fn vectorized<R>(body: impl FnOnce() -> R) -> R {
 #[inline(always)]
 pub fn reduce<T: Copy, A: Copy>(x: &[T], identity: A, f: impl Fn(T) -> A, combine: impl Fn(A, A) -> A) -> A {
     let mut lanes = [identity; LANES];
-    // zipped and with the rest apart: indexing or `chunks` would keep the compiler from vectorising
-    let vectors = x.chunks_exact(LANES);
-    let rest = vectors.remainder();
+    let (vectors, rest) = x.as_chunks::<LANES>();
     for x in vectors {
-        lanes.iter_mut().zip(x).for_each(|(lane, &x)| *lane = combine(*lane, f(x)));
+        // All of f before any sum: interleaved, conversions to another type would not be vectorised.
+        let mut values = [identity; LANES];
+        for lane in 0..LANES {
+            values[lane] = f(x[lane]);
+        }
+        for lane in 0..LANES {
+            lanes[lane] = combine(lanes[lane], values[lane]);
+        }
     }
     lanes.iter_mut().zip(rest).for_each(|(lane, &x)| *lane = combine(*lane, f(x)));
     fold(lanes, combine)
