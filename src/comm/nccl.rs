@@ -113,7 +113,7 @@ impl Nccl {
 
     /// `code` is none of failure; one of failure ends this group.
     fn expect(&self, code: ncclResult_t, op: &dyn Display) -> Result<()> {
-        if matches!(code, ncclResult_t::ncclSuccess | ncclResult_t::ncclInProgress) {
+        if under_way(code) {
             return Ok(());
         }
         let why = describe(code, self.comm);
@@ -156,6 +156,12 @@ impl Nccl {
         }
     }
 
+    /// An abort has freed what NCCL keeps of the group.
+    fn ensure_whole(&self) -> Result<()> {
+        ensure!(!self.broken.get(), "a group of GPUs is used after an error");
+        Ok(())
+    }
+
     /// Calls NCCL for every tensor, as one launch on the stream of exchanges.
     fn launch(&mut self, exchange: Exchange, parts: &[Vec<Tensor>], op: &dyn Display) -> Result<()> {
         let mut tensors = Vec::new();
@@ -167,21 +173,21 @@ impl Nccl {
         let (comm, stream) = (self.comm, self.gpu.exchanges.cu_stream().cast());
         let (kind, sum) = (sys::ncclDataType_t::ncclFloat32, sys::ncclRedOp_t::ncclSum);
         self.expect(unsafe { sys::ncclGroupStart() }, op)?;
-        for (root, at, n) in tensors {
-            let code = unsafe {
-                match exchange {
-                    Exchange::Sum => sys::ncclAllReduce(at, at, n, kind, sum, comm, stream),
-                    Exchange::Scatter => sys::ncclReduce(at, at, n, kind, sum, root, comm, stream),
-                    Exchange::Gather => sys::ncclBroadcast(at, at, n, kind, root, comm, stream),
-                }
-            };
-            self.expect(code, op)?;
-        }
-        self.settle(unsafe { sys::ncclGroupEnd() }, self.comm, op)
+        let calls = tensors.into_iter().map(|(root, at, n)| unsafe {
+            match exchange {
+                Exchange::Sum => sys::ncclAllReduce(at, at, n, kind, sum, comm, stream),
+                Exchange::Scatter => sys::ncclReduce(at, at, n, kind, sum, root, comm, stream),
+                Exchange::Gather => sys::ncclBroadcast(at, at, n, kind, root, comm, stream),
+            }
+        });
+        let failed = calls.into_iter().find(|&code| !under_way(code));
+        // A group that is started is ended, or this thread's later calls would all be part of it.
+        let ended = unsafe { sys::ncclGroupEnd() };
+        self.settle(failed.unwrap_or(ended), self.comm, op)
     }
 
     fn start_on_gpu(&mut self, exchange: Exchange, parts: Vec<Vec<Tensor>>) -> Result<Flight> {
-        ensure!(!self.broken.get(), "a group of GPUs is used after an error");
+        self.ensure_whole()?;
         let name = exchange.describe(parts.iter().flatten().map(Tensor::elem_count).sum());
         self.bind()?;
         let gpu = self.gpu.clone();
@@ -191,6 +197,11 @@ impl Nccl {
         let done = gpu.exchanges.record_event(None).map_err(driver_error)?;
         Ok(Flight::Gpu { done, name, _tensors: parts })
     }
+}
+
+/// Not an answer of failure.
+fn under_way(code: ncclResult_t) -> bool {
+    matches!(code, ncclResult_t::ncclSuccess | ncclResult_t::ncclInProgress)
 }
 
 /// Rank 0's name for a meeting of GPUs.
@@ -295,6 +306,7 @@ impl Communicator for Nccl {
         match self.flights.swap_remove(i).1 {
             Flight::Host(ticket) => self.host.wait(ticket),
             Flight::Gpu { done, name, _tensors } => {
+                self.ensure_whole()?;
                 let complete = self.poll(|| {
                     self.state(self.comm, &name)?;
                     done.try_is_complete().map_err(driver_error)
@@ -317,6 +329,7 @@ impl Communicator for Nccl {
     }
 
     fn split(&mut self, color: Option<usize>) -> Result<Option<Box<dyn Communicator>>> {
+        self.ensure_whole()?;
         let host = self.host.split(color)?;
         let (color, key) = (color.map_or(Ok(NO_COLOR), c_int::try_from)?, self.rank() as c_int);
         let (mut comm, mut config) = (ptr::null_mut(), config());
