@@ -161,11 +161,13 @@ fn head(report: &mut Report) -> Result<()> {
     report.time("embedding::forward", 1, 0, 3 * bytes, || embedding::forward(&tokens, &wte, &wpe, &x))?;
     report.time("embedding::backward", 1, 0, 6 * bytes, || embedding::backward(&tokens, &x, &dwte, &wpe))?;
     let logits = Tensor::zeros((CHUNK, VOCAB), DType::F32, &Device::Cpu)?;
+    let total = Tensor::zeros(1, DType::F64, &Device::Cpu)?;
     report.time("classifier::loss", 0, 2 * N * D * VOCAB, 0, || {
         classifier::loss(Factors::Exact, &x, &wte, &tokens, &logits).map(drop)
     })?;
     report.time("classifier::loss_and_gradient", 1, 6 * N * D * VOCAB, 0, || {
-        classifier::loss_and_gradient(Factors::Exact, &x, &wte, &tokens, 1e-9, &logits, &dx, &dwte).map(drop)
+        classifier::loss_and_gradient(Factors::Exact, &x, &wte, &tokens, 1e-9, &logits, &total, &dx, &dwte)
     })?;
+    let wte = [wte];
     report.time("norm::sum_of_squares [V, d]", 2, 0, 4 * VOCAB * D, || norm::sum_of_squares(&wte).map(drop))
 }

@@ -153,7 +153,7 @@ impl Pass<'_> {
     /// The loss, and grads += scale · gradient; `forward` has just run.
     fn adjoint(&self, grads: &Params, scale: f64, ready: &mut dyn FnMut(Ready) -> Result<()>) -> Result<f64> {
         let (w, rows) = (self.work, self.params.rows());
-        let loss = self.head_adjoint(grads, scale)?;
+        self.head_adjoint(grads, scale)?;
         let method = one_step(self.spec.integrator);
         for n in (0..rows).rev() {
             // The shared activations still hold the last block's.
@@ -165,26 +165,27 @@ impl Pass<'_> {
         }
         embedding::backward(&w.tokens, &w.lambda, &grads.ends.wte, &grads.ends.wpe)?; // +=
         ready(Ready::Ends)?;
-        Ok(loss)
+        // Only now: a GPU is given all of the way back before anyone waits for it.
+        Ok(access::read::<f64>(&w.loss)?[0])
     }
 
     /// The loss, and λ = scale · ∂L/∂x_N, the gradients of head and final layer norm +=. A tied head adds to that of wte.
-    fn head_adjoint(&self, grads: &Params, scale: f64) -> Result<f64> {
+    fn head_adjoint(&self, grads: &Params, scale: f64) -> Result<()> {
         let (w, ends) = (self.work, &self.params.ends);
         let (normed, dnormed) = (&w.scratch.normed, &w.scratch.dnormed);
-        let loss = classifier::loss_and_gradient(
+        classifier::loss_and_gradient(
             self.spec.factors,
             normed,
             &ends.head,
             &w.targets,
             scale,
             &w.logits,
+            &w.loss,          // =
             dnormed,          // =
             &grads.ends.head, // +=
         )?;
         access::fill(&w.lambda, 0.0)?;
-        layer_norm::backward(dnormed, self.last_state(), &ends.ln_f, &w.stats_f, &w.lambda, &grads.ends.ln_f)?; // +=
-        Ok(loss)
+        layer_norm::backward(dnormed, self.last_state(), &ends.ln_f, &w.stats_f, &w.lambda, &grads.ends.ln_f) // +=
     }
 
     /// x_N

@@ -61,6 +61,8 @@ pub(super) struct Workspace {
     pub stats_f: Tensor,
     /// A chunk of logits [chunk, V]
     pub logits: Tensor,
+    /// Σ of the cross-entropy, F64 [1]
+    pub loss: Tensor,
     /// λ [n, d]
     pub lambda: Tensor,
     pub scratch: Scratch,
@@ -80,11 +82,14 @@ pub(super) struct Extent {
 /// At most this many logits are held (128 MiB in f32), in chunks of equal size. Smaller chunks pass more often over the
 /// gradient of the head.
 const MAX_LOGITS: usize = 32 << 20;
+/// The same in bf16, which GPUs alone compute in (512 MiB).
+const MAX_LOGITS_BF16: usize = 256 << 20;
 
 impl Extent {
     pub fn new(spec: &Spec, rows: usize, sequences: usize) -> Extent {
         let n = sequences * spec.context;
-        let chunks = n.div_ceil((MAX_LOGITS / spec.vocab).max(1));
+        let most = if spec.dtype == DType::BF16 { MAX_LOGITS_BF16 } else { MAX_LOGITS };
+        let chunks = n.div_ceil((most / spec.vocab).max(1));
         Extent { rows, sequences, chunk: n.div_ceil(chunks) }
     }
 
@@ -169,6 +174,7 @@ impl Workspace {
             states,
             stats_f: asked.sums(&[n, 2])?,
             logits: asked.real(&[extent.chunk, spec.vocab])?,
+            loss: (asked.source)(DType::F64, &[1])?,
             lambda: asked.real(&[n, d])?,
             scratch: Scratch {
                 normed: asked.real(&[n, d])?,
@@ -244,5 +250,7 @@ mod tests {
         assert_eq!(chunk(257, 4), 1024);
         assert_eq!(chunk(50_257, 4), 512);
         assert_eq!(chunk(usize::MAX / 2, 1), 1);
+        let spec = Spec { vocab: 50_304, context: 1024, dtype: DType::BF16, ..Spec::small() };
+        assert_eq!(Extent::new(&spec, 1, 8).chunk, 4096);
     }
 }

@@ -31,7 +31,7 @@ pub fn loss(factors: Factors, x: &Tensor, w: &Tensor, targets: &Tensor, logits: 
     let Shape { n, d, vocab, chunk } = Shape::of(OP, x, w, logits)?;
     check(OP, DType::U32, &[("targets", targets, &[n])], &[])?;
     check(OP, x.dtype(), &[("x", x, &[n, d]), ("w", w, &[vocab, d])], &[("logits", logits, &[chunk, vocab])])?;
-    on_device!(OP, x, gpu => on_gpu(OP, &gpu, x, w, targets, logits, None), T => {
+    on_device!(OP, x, gpu => Ok(gpu.read_f64s(on_gpu(OP, &gpu, x, w, targets, logits, None)?, 1)?[0]), T => {
         let (x, w, targets) = (read::<T>(x)?, read::<T>(w)?, read::<u32>(targets)?);
         check_indices(OP, "target", &targets, vocab)?;
         write(logits, |logits: &mut [T]| {
@@ -41,7 +41,8 @@ pub fn loss(factors: Factors, x: &Tensor, w: &Tensor, targets: &Tensor, logits: 
     })
 }
 
-/// As [`loss`], and at once dx = scale * dL/dx (=), dw += scale * dL/dw.
+/// The [`loss`] into total [1] (=), f64 whatever the rest is, and at once dx = scale * dL/dx (=), dw += scale * dL/dw. On a GPU
+/// nothing waits for the loss until it is read.
 #[allow(clippy::too_many_arguments)]
 pub fn loss_and_gradient(
     factors: Factors,
@@ -50,40 +51,48 @@ pub fn loss_and_gradient(
     targets: &Tensor,
     scale: f64,
     logits: &Tensor,
+    total: &Tensor,
     dx: &Tensor,
     dw: &Tensor,
-) -> Result<f64> {
+) -> Result<()> {
     const OP: &str = "classifier::loss_and_gradient";
     let _time = profile::time(OP);
     let Shape { n, d, vocab, chunk } = Shape::of(OP, x, w, logits)?;
     let outputs = [("logits", logits, &[chunk, vocab][..]), ("dx", dx, &[n, d]), ("dw", dw, &[vocab, d])];
     check(OP, DType::U32, &[("targets", targets, &[n])], &[])?;
     check_mixed(OP, x.dtype(), &["dw"], &[("x", x, &[n, d]), ("w", w, &[vocab, d])], &outputs)?;
+    check(OP, DType::F64, &[], &[("total", total, &[1])])?;
     on_device!(OP, x, gpu => {
-        on_gpu(OP, &gpu, x, w, targets, logits, Some(Gradient { scale, dx, dw }))
+        on_gpu(OP, &gpu, x, w, targets, logits, Some(Gradient { scale, total, dx, dw })).map(drop)
     }, T => {
         let (x, w, targets) = (read::<T>(x)?, read::<T>(w)?, read::<u32>(targets)?);
         check_indices(OP, "target", &targets, vocab)?;
-        write(logits, |logits: &mut [T]| write(dx, |dx: &mut [T]| write(dw, |dw: &mut [T]| {
+        let loss: f64 = write(logits, |logits: &mut [T]| write(dx, |dx: &mut [T]| write(dw, |dw: &mut [T]| {
             let chunks = x.chunks(chunk * d).zip(dx.chunks_mut(chunk * d)).zip(targets.chunks(chunk));
             Ok(chunks.map(|((x, dx), targets)| Chunk::new(factors, x, &w, targets).with_stats(|c, stats| {
                 let loss = c.loss(logits, stats);
                 c.gradient(T::of(scale), logits, stats, dx, dw);
                 loss
             })).sum())
-        })))
+        })))?;
+        write(total, |total: &mut [f64]| {
+            total[0] = loss;
+            Ok(())
+        })
     })
 }
 
-/// Where the gradient goes.
+/// Where loss and gradient go.
 #[cfg(any(feature = "cuda", test))]
 struct Gradient<'a> {
     scale: f64,
+    total: &'a Tensor,
     dx: &'a Tensor,
     dw: &'a Tensor,
 }
 
-/// The whole op on a GPU, chunk by chunk: logits = x wᵀ, losses and dz in their place, dx = dz w, dw += dzᵀ x.
+/// The whole op on a GPU, chunk by chunk: logits = x wᵀ, losses and dz in their place, dx = dz w, dw += dzᵀ x. Returns where
+/// the loss will be, without a `gradient` in scratch memory.
 #[cfg(any(feature = "cuda", test))]
 fn on_gpu(
     op: &str,
@@ -93,11 +102,12 @@ fn on_gpu(
     targets: &Tensor,
     logits: &Tensor,
     gradient: Option<Gradient>,
-) -> Result<f64> {
+) -> Result<cuda::Address> {
     let Shape { n, d, vocab, chunk } = Shape::of(op, x, w, logits)?;
     let float = size_of::<f32>();
     let sum_scratch = unsafe { (gpu.kernels().sum_scratch)(n) };
-    let [losses, sum, sum_scratch] = gpu.scratch([n * float, size_of::<f64>(), sum_scratch])?;
+    let [losses, own_total, sum_scratch] = gpu.scratch([n * float, size_of::<f64>(), sum_scratch])?;
+    let total = gradient.as_ref().map_or(Ok(own_total), |gradient| gpu.at(gradient.total))?;
     let (element, targets) = (gpu.element(op, x)?, gpu.at(targets)?);
     let (w, z) = (gpu.matrix(w, d)?, gpu.matrix(logits, vocab)?);
     for first in (0..n).step_by(chunk) {
@@ -120,8 +130,8 @@ fn on_gpu(
         }
     }
     // The losses are float for either element type.
-    gpu.launch(op, |k, stream| Ok(unsafe { (k.sum)(0, losses, sum, n, sum_scratch, stream) }))?;
-    gpu.read_f64(sum)
+    gpu.launch(op, |k, stream| Ok(unsafe { (k.sum)(0, losses, total, n, sum_scratch, stream) }))?;
+    Ok(total)
 }
 
 /// Bytes of scratch that [`loss_and_gradient`] takes beside `logits` [chunk, V], for x [_, d] of elements of `size` bytes.
@@ -360,9 +370,9 @@ mod tests {
     fn run([.., v, chunk]: [usize; 4], (x, w, targets): &(Tensor, Tensor, Tensor), scale: f64) -> ([Tensor; 2], f64) {
         let dtype = x.dtype();
         let [dx, dw] = [unset(x.dims(), dtype), constant(2.0, w.dims(), dtype)];
-        let loss =
-            loss_and_gradient(Factors::Exact, x, w, targets, scale, &unset(&[chunk, v], dtype), &dx, &dw).unwrap();
-        ([dx, plus(&dw, -2.0)], loss)
+        let (logits, total) = (unset(&[chunk, v], dtype), unset(&[1], DType::F64));
+        loss_and_gradient(Factors::Exact, x, w, targets, scale, &logits, &total, &dx, &dw).unwrap();
+        ([dx, plus(&dw, -2.0)], values(&total)[0])
     }
 
     fn naive(x: &Tensor, w: &Tensor, targets: &Tensor) -> candle_core::Result<Tensor> {

@@ -1,4 +1,4 @@
-//! Euclidean norm of a whole tensor.
+//! Euclidean norm of whole tensors.
 use super::access::{on_device, read};
 use super::profile;
 use super::real::{PIECE, Real, reduce, vectorized, with_scratch};
@@ -6,24 +6,33 @@ use crate::error::Result;
 use candle_core::Tensor;
 use rayon::prelude::*;
 
-/// Σ x², accumulated in f64, in an order that does not depend on the number of threads. x contiguous, any shape.
-pub fn sum_of_squares(x: &Tensor) -> Result<f64> {
+/// Σ x² over all elements of all tensors, in f64: of each tensor in an order that does not depend on the number of threads, then
+/// over the tensors as they come. They are contiguous, of any shapes, on one device. The host waits for a GPU once.
+pub fn sum_of_squares(tensors: &[Tensor]) -> Result<f64> {
     const OP: &str = "norm::sum_of_squares";
     let _time = profile::time(OP);
-    on_device!(OP, x, gpu => {
-        let n = x.elem_count();
-        let [sum, scratch] = gpu.scratch([size_of::<f64>(), unsafe { (gpu.kernels().sum_scratch)(n) }])?;
-        gpu.launch(OP, |k, stream| {
-            let (element, x) = (gpu.element(OP, x)?, gpu.at(x)?);
-            Ok(unsafe { (k.sum_of_squares)(element, x, sum, n, scratch, stream) })
-        })?;
-        gpu.read_f64(sum)
+    let Some(first) = tensors.first() else { return Ok(0.0) };
+    on_device!(OP, first, gpu => {
+        let scratch = |x: &Tensor| unsafe { (gpu.kernels().sum_scratch)(x.elem_count()) };
+        let longest = tensors.iter().map(scratch).max().unwrap_or(0);
+        let [sums, scratch] = gpu.scratch([tensors.len() * size_of::<f64>(), longest])?;
+        for (i, x) in tensors.iter().enumerate() {
+            let sum = sums.offset(i * size_of::<f64>());
+            gpu.launch(OP, |k, stream| {
+                let (element, n, x) = (gpu.element(OP, x)?, x.elem_count(), gpu.at(x)?);
+                Ok(unsafe { (k.sum_of_squares)(element, x, sum, n, scratch, stream) })
+            })?;
+        }
+        Ok(gpu.read_f64s(sums, tensors.len())?.iter().sum())
     }, T => {
-        let x = read::<T>(x)?;
-        Ok(with_scratch(x.len().div_ceil(PIECE), |partials: &mut [f64]| {
-            x.par_chunks(PIECE).zip(partials.par_iter_mut()).for_each(|(x, partial)| *partial = piece(x));
-            partials.iter().sum()
-        }))
+        let sum = |x: &Tensor| {
+            let x = read::<T>(x)?;
+            Ok(with_scratch(x.len().div_ceil(PIECE), |partials: &mut [f64]| {
+                x.par_chunks(PIECE).zip(partials.par_iter_mut()).for_each(|(x, partial)| *partial = piece(x));
+                partials.iter().sum::<f64>()
+            }))
+        };
+        tensors.iter().map(sum).sum()
     })
 }
 
@@ -45,12 +54,12 @@ mod tests {
         for n in [0, 1, 33, 100_003] {
             let x = random(&[n], DType::F32, 1);
             let expected: f64 = values(&x).iter().map(|x| x * x).sum();
-            assert!((sum_of_squares(&x).unwrap() - expected).abs() <= 1e-12 * expected);
+            assert!((sum_of_squares(std::slice::from_ref(&x)).unwrap() - expected).abs() <= 1e-12 * expected);
             assert_independent_of_threads(|| {
-                vec![Tensor::new(sum_of_squares(&x).unwrap(), &candle_core::Device::Cpu).unwrap()]
+                vec![Tensor::new(sum_of_squares(std::slice::from_ref(&x)).unwrap(), &candle_core::Device::Cpu).unwrap()]
             });
         }
-        assert!(sum_of_squares(&constant(f64::NAN, &[3], DType::F32)).unwrap().is_nan());
-        assert!((sum_of_squares(&constant(1e30, &[2], DType::F32)).unwrap() / 2e60 - 1.0).abs() < 1e-6);
+        assert!(sum_of_squares(&[constant(f64::NAN, &[3], DType::F32)]).unwrap().is_nan());
+        assert!((sum_of_squares(&[constant(1e30, &[2], DType::F32)]).unwrap() / 2e60 - 1.0).abs() < 1e-6);
     }
 }

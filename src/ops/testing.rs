@@ -1,5 +1,5 @@
 //! What the tests of the ops share: tensors that are views into NaN, comparison, finite differences.
-use crate::ops::{access, cuda::emulate};
+use crate::ops::access;
 use candle_core::{DType, Device, Tensor};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use std::cell::RefCell;
@@ -182,36 +182,40 @@ fn run_at(place: Place, op: &dyn Fn(&Place) -> Vec<Tensor>) -> Vec<Vec<u64>> {
     bits
 }
 
-/// `op` on a GPU equals `op` on the CPU in f64: in f32 up to `tolerances[0]`, in bf16, from inputs rounded to it, up to
-/// `tolerances[1]`, as [`assert_close`] says. The GPU is emulated, and with the feature `cuda` also the first real one; tensors
-/// begin at multiples of 16 bytes, and at odd elements. Prints the largest errors.
+/// What `f` makes on a GPU, twice the same bits: on the first real one with the feature `cuda`, else on the emulated one.
+/// `None` where there is no g++ to compile the emulation with.
+#[cfg(not(feature = "cuda"))]
+pub fn on_gpu<R: PartialEq>(f: impl Fn(&Device) -> R) -> Option<R> {
+    crate::ops::cuda::emulate::run(|| f(&Device::Cpu))
+}
+
+#[cfg(feature = "cuda")]
+pub fn on_gpu<R: PartialEq>(f: impl Fn(&Device) -> R) -> Option<R> {
+    static GPU: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
+    let gpu = GPU.get_or_init(|| crate::ops::cuda::select(0).expect("tests of the feature `cuda` need a GPU").device);
+    let result = f(gpu);
+    assert!(result == f(gpu), "a second time the result is another: a race, or memory that nobody has set");
+    Some(result)
+}
+
+/// `op` on a GPU ([`on_gpu`]) equals `op` on the CPU in f64: in f32 up to `tolerances[0]`, in bf16, from inputs rounded to it, up
+/// to `tolerances[1]`, as [`assert_close`] says. Tensors begin at multiples of 16 bytes, and at odd elements. Prints the
+/// largest errors.
 #[track_caller]
 pub fn assert_gpu_equals_cpu(name: &str, tolerances: [f64; 2], op: impl Fn(&Place) -> Vec<Tensor>) {
     for (dtype, tolerance) in [(DType::F32, tolerances[0]), (DType::BF16, tolerances[1])] {
         // Inputs are rounded as the GPU's are, then widened.
         let expected = run_at(Place::new(&Device::Cpu, DType::F64, 8).rounding(dtype), &op);
         for before in [8, 7] {
-            let emulated = emulate::run(|| run_at(Place::new(&Device::Cpu, dtype, before), &op));
-            if let Some(outputs) = emulated {
-                report(name, "emulated", dtype, tolerance, &outputs, &expected);
-            }
-            #[cfg(feature = "cuda")]
-            {
-                let outputs = run_at(Place::new(real_gpu(), dtype, before), &op);
-                report(name, "GPU", dtype, tolerance, &outputs, &expected);
-            }
+            let Some(outputs) = on_gpu(|device| run_at(Place::new(device, dtype, before), &op)) else { return };
+            report(name, dtype, tolerance, &outputs, &expected);
         }
     }
 }
 
-#[cfg(feature = "cuda")]
-fn real_gpu() -> &'static Device {
-    static GPU: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
-    GPU.get_or_init(|| crate::ops::cuda::select(0).expect("tests of the feature `cuda` need a GPU").device)
-}
-
 #[track_caller]
-fn report(name: &str, gpu: &str, dtype: DType, tolerance: f64, outputs: &[Vec<u64>], expected: &[Vec<u64>]) {
+fn report(name: &str, dtype: DType, tolerance: f64, outputs: &[Vec<u64>], expected: &[Vec<u64>]) {
+    let gpu = if cfg!(feature = "cuda") { "GPU" } else { "emulated" };
     assert_eq!(outputs.len(), expected.len());
     let mut worst = 0f64;
     for (k, (outputs, expected)) in outputs.iter().zip(expected).enumerate() {

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::model::{Division, Init, Layout, Segment, Shard};
+use crate::ops::testing::on_gpu;
 use candle_core::{DType, Device};
 
 /// A row with every kind of segment; the embedding is longer than a piece of the pass.
@@ -82,13 +83,20 @@ impl Run {
         Run { optimizer, layout, shard, theta, moments, updates: [0; ROWS] }
     }
 
+    /// With its tensors on `device`.
+    fn on(mut self, device: &Device) -> Run {
+        self.theta = self.theta.to_device(device).unwrap();
+        self.moments.iter_mut().for_each(|moment| *moment = moment.to_device(device).unwrap());
+        self
+    }
+
     fn gradient(&self, step: usize) -> Vec<f64> {
         wave(ROWS * self.layout.len(), 0.7 + step as f64)
     }
 
     fn step(&mut self, rows: &[usize], grad: &[f64]) {
         let updates: Vec<_> = rows.iter().map(|&row| self.updates[row]).collect();
-        let grad = tensor(grad, self.theta.dtype());
+        let grad = tensor(grad, self.theta.dtype()).to_device(self.theta.device()).unwrap();
         let Run { optimizer, shard, theta, moments, .. } = self;
         optimizer.step(shard, rows, &updates, theta, &grad, moments, &HYPER).unwrap();
         rows.iter().for_each(|&row| self.updates[row] += 1);
@@ -215,15 +223,15 @@ fn rules_equal_their_formulas() {
 fn a_gpu_updates_as_the_cpu() {
     for table in tables() {
         for vocab in [52, 41] {
-            let run = |dtype| {
-                let mut run = Run::with_layout(&table, dtype, layout_with(vocab));
+            let run = |dtype, device: &Device| {
+                let mut run = Run::with_layout(&table, dtype, layout_with(vocab)).on(device);
                 for (step, rows) in [&[0, 1, 2][..], &[2, 0], &[1]].into_iter().enumerate() {
                     run.step(rows, &run.gradient(step));
                 }
                 run.state()
             };
-            let expected = run(DType::F64);
-            let Some(got) = crate::ops::cuda::emulate::run(|| run(DType::F32)) else { return };
+            let expected = run(DType::F64, &Device::Cpu);
+            let Some(got) = on_gpu(|device| run(DType::F32, device)) else { return };
             for (k, (got, expected)) in got.iter().zip(&expected).enumerate() {
                 for (i, (x, y)) in got.iter().zip(expected).enumerate() {
                     let (kind, error) = (table.kind, (x - y).abs());
@@ -243,15 +251,15 @@ fn columns(values: &[f64], width: usize, columns: &std::ops::Range<usize>) -> Ve
 /// nothing else changes. More ranks than matrices: some have nothing.
 #[test]
 fn shards_are_updated_as_the_whole() {
-    let law = |numbers: &[usize]| {
+    let law = |numbers: &[usize], device: &Device| {
         for table in tables() {
             let steps: [&[usize]; 3] = [&[0, 1, 2], &[2, 0], &[1]];
-            let mut whole = Run::with_layout(&table, DType::F32, layout_with(41));
+            let mut whole = Run::with_layout(&table, DType::F32, layout_with(41)).on(device);
             let (before, width) = (whole.state(), whole.layout.len());
             steps.iter().enumerate().for_each(|(step, rows)| whole.step(rows, &whole.gradient(step)));
             for &ranks in numbers {
                 for rank in 0..ranks {
-                    let mut part = Run::of_rank(&table, DType::F32, layout_with(41), rank, ranks);
+                    let mut part = Run::of_rank(&table, DType::F32, layout_with(41), rank, ranks).on(device);
                     steps.iter().enumerate().for_each(|(step, rows)| part.step(rows, &part.gradient(step)));
                     let own = part.shard.columns.clone();
                     let mut expected = before[0].clone();
@@ -269,8 +277,8 @@ fn shards_are_updated_as_the_whole() {
             }
         }
     };
-    law(&[2, 3, 4, 9]);
-    crate::ops::cuda::emulate::run(|| law(&[3]));
+    law(&[2, 3, 4, 9], &Device::Cpu);
+    on_gpu(|device| law(&[3], device));
 }
 
 #[test]

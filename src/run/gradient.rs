@@ -7,7 +7,7 @@ use crate::error::{Result, ensure};
 use crate::levels::{Group, Hierarchy};
 use crate::model::{Net, Params, Ready, Rounded, Spec};
 use crate::ops::{access, norm};
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use std::ops::Range;
 
 /// The net that is trained: coset `coset` of level `level`.
@@ -179,28 +179,32 @@ pub fn micro_batch(config: &Config, ranks: usize) -> usize {
 /// ‖∂L/∂θ‖² of the target and the ends, from summed gradients: the same on every rank of the group or, where each updates some
 /// columns only, of those.
 pub fn square_of_gradient(hierarchy: &Hierarchy, target: Target) -> Result<f64> {
-    add_squares(square_of_ends(hierarchy, target.level)?, hierarchy, target)
+    norm::sum_of_squares(&[own_ends(hierarchy, target.level)?, own_rows(hierarchy, target)?].concat())
 }
 
 /// The same of the ends alone.
 pub fn square_of_ends(hierarchy: &Hierarchy, level: usize) -> Result<f64> {
-    square_of_row(hierarchy.ends(level), 0)
+    norm::sum_of_squares(&own_ends(hierarchy, level)?)
 }
 
 /// The same of the target's rows alone.
 pub fn square_of_rows(hierarchy: &Hierarchy, target: Target) -> Result<f64> {
-    add_squares(0.0, hierarchy, target)
+    norm::sum_of_squares(&own_rows(hierarchy, target)?)
 }
 
-fn add_squares(mut sum: f64, hierarchy: &Hierarchy, target: Target) -> Result<f64> {
-    for &row in hierarchy.row_indices(target.level, target.coset) {
-        sum += square_of_row(hierarchy.group(target.level), row)?;
-    }
-    Ok(sum)
+/// This rank's columns of the ends' gradient.
+fn own_ends(hierarchy: &Hierarchy, level: usize) -> Result<Vec<Tensor>> {
+    own(hierarchy.ends(level), &[0])
 }
 
-fn square_of_row(group: &Group, row: usize) -> Result<f64> {
-    if group.shard.columns.is_empty() { Ok(0.0) } else { norm::sum_of_squares(&group.own_gradient(row)?) }
+/// The same of the target's rows.
+fn own_rows(hierarchy: &Hierarchy, target: Target) -> Result<Vec<Tensor>> {
+    own(hierarchy.group(target.level), hierarchy.row_indices(target.level, target.coset))
+}
+
+fn own(group: &Group, rows: &[usize]) -> Result<Vec<Tensor>> {
+    let rows = if group.shard.columns.is_empty() { &[] } else { rows };
+    rows.iter().map(|&row| group.own_gradient(row)).collect()
 }
 
 /// grad = 0 of the target and, if `ends`, of the ends.

@@ -58,6 +58,7 @@ pub fn select(local_rank: usize) -> Result<Selected> {
     let device = CudaDevice::new_with_stream(ordinal).with_context(|| format!("cannot use GPU {ordinal} ({name})"))?;
     // SAFETY: all work of this process is on the device's one stream, but for exchanges between GPUs, which order themselves.
     unsafe { device.disable_event_tracking() };
+    sum_in_f32(&device)?;
     Ok(Selected { device: Device::Cuda(device), ordinal, name })
 }
 
@@ -72,6 +73,14 @@ fn keep_memory(ordinal: usize) -> Result<()> {
         let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
         result::mem_pool::set_attribute(pool, attribute, value as *mut c_void).map_err(driver_error)
     }
+}
+
+/// Products whose k is cut among blocks would else be summed in the type of their result, bf16 too.
+fn sum_in_f32(device: &CudaDevice) -> Result<()> {
+    let mode = blas_sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
+    // SAFETY: the handle is the device's, and lives as long.
+    let code = unsafe { blas_sys::cublasSetMathMode(*device.cublas_handle().handle(), mode) };
+    code.result().map_err(|error| crate::error::anyhow!("cuBLAS answers {:?}", error.0))
 }
 
 fn driver_error(error: result::DriverError) -> crate::error::Error {
@@ -99,6 +108,7 @@ pub fn address(device: &CudaDevice, tensor: &Tensor) -> Result<Address> {
     let (begin, size) = match &storage.slice {
         CudaStorageSlice::U32(slice) => begin(slice, device),
         CudaStorageSlice::F32(slice) => begin(slice, device),
+        CudaStorageSlice::F64(slice) => begin(slice, device),
         CudaStorageSlice::BF16(slice) => begin(slice, device),
         _ => bail!("no GPU kernel takes elements of {:?}", tensor.dtype()),
     };
@@ -176,14 +186,14 @@ fn data_type(dtype: DType) -> Result<blas_sys::cudaDataType> {
     }
 }
 
-pub fn read_f64(device: &CudaDevice, address: Address) -> Result<f64> {
-    let mut value = [0f64];
+pub fn read_f64s(device: &CudaDevice, address: Address, count: usize) -> Result<Vec<f64>> {
+    let mut values = vec![0f64; count];
     let stream = device.cuda_stream();
-    // SAFETY: the caller has had a number written there; `value` lives until the stream is done.
-    unsafe { result::memcpy_dtoh_async(&mut value, address.0 as usize as u64, stream.cu_stream()) }
+    // SAFETY: the caller has had numbers written there; `values` lives until the stream is done.
+    unsafe { result::memcpy_dtoh_async(&mut values, address.0 as usize as u64, stream.cu_stream()) }
         .map_err(driver_error)?;
     stream.synchronize().map_err(driver_error)?;
-    Ok(value[0])
+    Ok(values)
 }
 
 /// The source may change after the call: it is pageable memory, which the driver copies before it returns.

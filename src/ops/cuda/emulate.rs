@@ -119,6 +119,7 @@ pub fn address(tensor: &Tensor) -> crate::error::Result<Address> {
             self.0.set(match storage {
                 CpuStorage::U32(x) => x[start..].as_mut_ptr().cast(),
                 CpuStorage::F32(x) => x[start..].as_mut_ptr().cast(),
+                CpuStorage::F64(x) => x[start..].as_mut_ptr().cast(),
                 CpuStorage::BF16(x) => x[start..].as_mut_ptr().cast(),
                 _ => candle_core::bail!("no kernel takes such elements"),
             });

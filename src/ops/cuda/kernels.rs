@@ -76,7 +76,7 @@ macro_rules! kernels {
             ///
             /// # Safety
             /// They are those of the .cu files this was compiled with.
-            #[cfg(test)]
+            #[cfg(all(test, not(feature = "cuda")))]
             pub unsafe fn found(symbol: impl Fn(&str) -> *mut c_void) -> Kernels {
                 type Pointer = *mut c_void;
                 $(let $name = symbol(concat!("vcycle_", stringify!($name)));)*

@@ -4,11 +4,12 @@
 //! what it exchanges with others goes to one stream, so that launches wait for each other and for nothing else: an op returns before its work is done, unless
 //! it returns a number. Matrix products are cuBLAS's.
 //!
-//! In tests the same kernels, compiled for the host, run on CPU tensors: see `emulate`.
+//! In tests of a build without the feature `cuda` the same kernels, compiled for the host, run on CPU tensors: see `emulate`.
+//! With the feature they run on a GPU.
 
 #[cfg(feature = "cuda")]
 mod device;
-#[cfg(test)]
+#[cfg(all(test, not(feature = "cuda")))]
 pub mod emulate;
 mod kernels;
 #[cfg(test)]
@@ -31,7 +32,7 @@ pub struct Gpu {
 enum Machine {
     #[cfg(feature = "cuda")]
     Device(candle_core::CudaDevice),
-    #[cfg(test)]
+    #[cfg(all(test, not(feature = "cuda")))]
     Emulated(&'static Kernels),
 }
 
@@ -65,7 +66,7 @@ impl Gpu {
         match device {
             #[cfg(feature = "cuda")]
             Device::Cuda(device) => Some(Gpu { machine: Machine::Device(device.clone()) }),
-            #[cfg(test)]
+            #[cfg(all(test, not(feature = "cuda")))]
             Device::Cpu => emulate::kernels().map(|kernels| Gpu { machine: Machine::Emulated(kernels) }),
             _ => None,
         }
@@ -75,7 +76,7 @@ impl Gpu {
         match &self.machine {
             #[cfg(feature = "cuda")]
             Machine::Device(_) => &Kernels::LINKED,
-            #[cfg(test)]
+            #[cfg(all(test, not(feature = "cuda")))]
             Machine::Emulated(kernels) => kernels,
         }
     }
@@ -100,7 +101,7 @@ impl Gpu {
         match &self.machine {
             #[cfg(feature = "cuda")]
             Machine::Device(device) => device::stream(device),
-            #[cfg(test)]
+            #[cfg(all(test, not(feature = "cuda")))]
             Machine::Emulated(_) => Ok(Stream(std::ptr::null_mut())),
         }
     }
@@ -119,7 +120,7 @@ impl Gpu {
         match &self.machine {
             #[cfg(feature = "cuda")]
             Machine::Device(device) => device::address(device, tensor),
-            #[cfg(test)]
+            #[cfg(all(test, not(feature = "cuda")))]
             Machine::Emulated(_) => emulate::address(tensor),
         }
     }
@@ -137,7 +138,7 @@ impl Gpu {
         let mut next = match &self.machine {
             #[cfg(feature = "cuda")]
             Machine::Device(device) => device::scratch(device, total)?,
-            #[cfg(test)]
+            #[cfg(all(test, not(feature = "cuda")))]
             Machine::Emulated(_) => emulate::scratch(total),
         };
         Ok(lengths.map(|length| {
@@ -160,7 +161,7 @@ impl Gpu {
         match &self.machine {
             #[cfg(feature = "cuda")]
             Machine::Device(device) => device::multiply(device, [m, n, k], alpha, a, b, beta, c),
-            #[cfg(test)]
+            #[cfg(all(test, not(feature = "cuda")))]
             Machine::Emulated(_) => {
                 emulate::multiply([m, n, k], alpha, a, b, beta, c);
                 Ok(())
@@ -168,14 +169,14 @@ impl Gpu {
         }
     }
 
-    /// The number at `address`, once all work before is done.
-    pub fn read_f64(&self, address: Address) -> Result<f64> {
+    /// The numbers from `address` on, once all work before is done.
+    pub fn read_f64s(&self, address: Address, count: usize) -> Result<Vec<f64>> {
         match &self.machine {
             #[cfg(feature = "cuda")]
-            Machine::Device(device) => device::read_f64(device, address),
+            Machine::Device(device) => device::read_f64s(device, address, count),
             // SAFETY: what the caller has had written there.
-            #[cfg(test)]
-            Machine::Emulated(_) => Ok(unsafe { *(address.0 as *const f64) }),
+            #[cfg(all(test, not(feature = "cuda")))]
+            Machine::Emulated(_) => Ok((0..count).map(|i| unsafe { *(address.0 as *const f64).add(i) }).collect()),
         }
     }
 
@@ -185,7 +186,7 @@ impl Gpu {
         match &self.machine {
             #[cfg(feature = "cuda")]
             Machine::Device(device) => device::upload_u32(device, source, out),
-            #[cfg(test)]
+            #[cfg(all(test, not(feature = "cuda")))]
             Machine::Emulated(_) => {
                 // SAFETY: the caller has compared the lengths.
                 unsafe { std::ptr::copy_nonoverlapping(source.as_ptr(), out.0 as *mut u32, source.len()) };

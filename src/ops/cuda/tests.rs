@@ -1,6 +1,6 @@
 //! Every op on a GPU against its CPU twin, on shapes that are no multiples of any tile.
 use crate::ops::matrix::Factors;
-use crate::ops::testing::{assert_gpu_equals_cpu, random, random_indices, values};
+use crate::ops::testing::{assert_gpu_equals_cpu, on_gpu, random, random_indices, values};
 use crate::ops::{access, attention, classifier, embedding, gelu, layer_norm, linear, norm, residual};
 use candle_core::{DType, Device, Tensor};
 
@@ -123,9 +123,9 @@ fn causal_attention() {
 
 #[test]
 fn a_head_that_no_tile_holds_is_refused() {
-    let refused = super::emulate::run(|| {
-        let qkv = inputs(&[2, 3 * 136], 1).to_dtype(DType::F32).unwrap();
-        let [out, lse] = [[2, 136].as_slice(), &[1, 1, 2]].map(|s| Tensor::zeros(s, DType::F32, &Device::Cpu).unwrap());
+    let refused = on_gpu(|device| {
+        let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, device).unwrap();
+        let [qkv, out, lse] = [zeros(&[2, 3 * 136]), zeros(&[2, 136]), zeros(&[1, 1, 2])];
         attention::forward(Factors::Exact, &qkv, 2, 1, &out, &lse).unwrap_err().to_string()
     });
     assert!(refused.is_none_or(|error| error.contains("at most 128 elements, these have 136")));
@@ -140,11 +140,11 @@ fn classifier_in_chunks() {
         assert_gpu_equals_cpu(&format!("classifier [{n}, {d}] → {v}"), [1e-5, 1e-2], |place| {
             let [x, w, targets] = [place.input(&x), place.input(&w), place.indices(&targets)];
             let [logits, dx, dw] = [place.unset(&[chunk, v]), place.unset(&[n, d]), place.sums_of(2.0, &[v, d])];
+            let total = Tensor::zeros(1, DType::F64, &place.device).unwrap();
             let loss = classifier::loss(Factors::Exact, &x, &w, &targets, &logits).unwrap();
-            let again =
-                classifier::loss_and_gradient(Factors::Exact, &x, &w, &targets, 0.5, &logits, &dx, &dw).unwrap();
-            assert_eq!(loss, again);
-            vec![dx, dw, Tensor::new(loss, &Device::Cpu).unwrap()]
+            classifier::loss_and_gradient(Factors::Exact, &x, &w, &targets, 0.5, &logits, &total, &dx, &dw).unwrap();
+            assert_eq!(loss, values(&total)[0]);
+            vec![dx, dw, total]
         });
     }
 }
@@ -154,34 +154,40 @@ fn sums_of_squares() {
     for n in [0, 1, 33, 70_003, 65_536] {
         let x = inputs(&[n], 1);
         assert_gpu_equals_cpu(&format!("sum of squares [{n}]"), [1e-7, 1e-7], |place| {
-            vec![Tensor::new(norm::sum_of_squares(&place.input(&x)).unwrap(), &Device::Cpu).unwrap()]
+            vec![Tensor::new(norm::sum_of_squares(&[place.input(&x)]).unwrap(), &Device::Cpu).unwrap()]
         });
     }
+    let parts = [3, 70_003, 1].map(|n| inputs(&[n], n as u64));
+    assert_gpu_equals_cpu("sum of squares of several", [1e-7, 1e-7], |place| {
+        let parts = parts.each_ref().map(|x| place.input(x));
+        vec![Tensor::new(norm::sum_of_squares(&parts).unwrap(), &Device::Cpu).unwrap()]
+    });
 }
 
 #[test]
 fn casts_are_the_cpus() {
     for n in [1, 64, 1003] {
         let x = (inputs(&[n], 1) * 1e3).unwrap().to_dtype(DType::F32).unwrap();
-        let cast = || {
-            let rounded = Tensor::zeros(n, DType::BF16, &Device::Cpu).unwrap();
-            let back = Tensor::zeros(n, DType::F32, &Device::Cpu).unwrap();
+        let cast = |device: &Device| {
+            let x = x.to_device(device).unwrap();
+            let rounded = Tensor::zeros(n, DType::BF16, device).unwrap();
+            let back = Tensor::zeros(n, DType::F32, device).unwrap();
             access::cast(&x, &rounded).unwrap();
             access::cast(&rounded, &back).unwrap();
             assert_eq!(values(&rounded), values(&back));
             values(&back)
         };
-        let expected = cast();
+        let expected = cast(&Device::Cpu);
         assert!(expected.iter().zip(values(&x)).all(|(b, x)| (b - x).abs() <= x.abs() / 256.0));
-        assert!(super::emulate::run(cast).is_none_or(|emulated| emulated == expected));
+        assert!(on_gpu(cast).is_none_or(|values| values == expected));
     }
 }
 
 #[test]
 fn indices_out_of_range_give_nan_and_leave_the_rest_alone() {
-    let outputs = super::emulate::run(|| {
-        let place = |shape: &[usize]| Tensor::ones(shape, DType::F32, &Device::Cpu).unwrap();
-        let (tokens, out) = (Tensor::new(&[1u32, 9, 0], &Device::Cpu).unwrap(), place(&[3, 2]));
+    let outputs = on_gpu(|device| {
+        let place = |shape: &[usize]| Tensor::ones(shape, DType::F32, device).unwrap();
+        let (tokens, out) = (Tensor::new(&[1u32, 9, 0], device).unwrap(), place(&[3, 2]));
         embedding::forward(&tokens, &place(&[2, 2]), &place(&[3, 2]), &out).unwrap();
         let [dwte, dwpe] = [place(&[2, 2]), place(&[3, 2])];
         embedding::backward(&tokens, &place(&[3, 2]), &dwte, &dwpe).unwrap();
@@ -189,7 +195,7 @@ fn indices_out_of_range_give_nan_and_leave_the_rest_alone() {
             Factors::Exact,
             &out.narrow(0, 0, 1).unwrap(),
             &place(&[2, 2]),
-            &Tensor::new(&[7u32], &Device::Cpu).unwrap(),
+            &Tensor::new(&[7u32], device).unwrap(),
             &place(&[1, 2]),
         );
         [values(&out), values(&dwte), vec![loss.unwrap()]].map(|x| x.iter().map(|x| x.to_string()).collect::<Vec<_>>())
