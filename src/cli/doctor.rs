@@ -190,19 +190,20 @@ fn check_gemm(name: &'static str, factors: Factors) -> Check {
     )
 }
 
+#[cfg(not(feature = "cuda"))]
 fn check_gpu() -> Check {
     let driver = Path::new("/dev/nvidiactl").exists();
-    if !cfg!(feature = "cuda") {
-        let found =
-            if driver { "an NVIDIA driver, but CUDA is not built in" } else { "no NVIDIA GPU, CUDA is not built in" };
-        return Check::ok("gpu", found).warn_if(driver, "to use the GPU: cargo build --release --features cuda");
-    }
-    match candle_core::Device::new_cuda(0) {
-        Ok(_) => Check::ok("gpu", "CUDA device 0 works"),
-        Err(e) => Check::ok("gpu", format!("CUDA is built in, but device 0 cannot be used: {e}")).warn_if(
-            true,
-            "training will use the CPU; see whether nvidia-smi lists a GPU and CUDA_VISIBLE_DEVICES is right",
-        ),
+    let found =
+        if driver { "an NVIDIA driver, but CUDA is not built in" } else { "no NVIDIA GPU, CUDA is not built in" };
+    Check::ok("gpu", found).warn_if(driver, "to use the GPU: cargo build --release --features cuda")
+}
+
+#[cfg(feature = "cuda")]
+fn check_gpu() -> Check {
+    match crate::ops::cuda::select(0) {
+        Ok(gpu) => Check::ok("gpu", format!("{} of {} can be used", gpu.name, crate::ops::cuda::visible())),
+        Err(e) => Check::ok("gpu", format!("CUDA is built in, but GPU 0 cannot be used: {e:#}"))
+            .warn_if(true, "parallel.device = \"auto\" takes the CPU only where no GPU is visible"),
     }
 }
 

@@ -1,7 +1,7 @@
 //! `vcycle bench step`
 
 use super::breakdown::{Part, breakdown};
-use super::{Common, FINE, PAPER, Subject, configure, memory, milliseconds};
+use super::{Common, FINE, PAPER, Subject, configure, median, memory, milliseconds};
 use crate::cli::plan::RankMemory;
 use crate::cli::text::{bytes, percent, table};
 use crate::cycle::tokens_per_step;
@@ -62,7 +62,9 @@ struct Report {
     fraction_of_peak: f64,
     threads: usize,
     memory: Memory,
-    /// Of the median step.
+    /// Median of steps whose ops are timed. On a GPU each op then waits for its end, and a step takes longer.
+    profiled_s: f64,
+    /// Of that step.
     breakdown: Vec<Part>,
     ops: Vec<Entry>,
 }
@@ -89,6 +91,9 @@ impl Trial {
     }
 
     fn report(&mut self, steps: usize) -> Result<Report> {
+        let on_gpu = !self.subject.learner.device().is_cpu();
+        let unprofiled = (0..if on_gpu { steps } else { 0 }).map(|_| self.subject.step(FINE));
+        let unprofiled = unprofiled.collect::<Result<Vec<_>>>()?;
         profile::enable(self.subject.learner.device());
         let mut profiles = Vec::new();
         for _ in 0..steps {
@@ -98,7 +103,8 @@ impl Trial {
         }
         profile::disable();
         profiles.sort_by(|(a, _), (b, _)| a.total_cmp(b));
-        let (step_s, ops) = profiles.swap_remove(steps / 2);
+        let (profiled_s, ops) = profiles.swap_remove(steps / 2);
+        let step_s = if on_gpu { median(unprofiled) } else { profiled_s };
         let memory = self.memory()?;
         let gemm_peak_flops = self.subject.gemm_peak()?;
         let Subject { config, learner, .. } = &self.subject;
@@ -111,7 +117,8 @@ impl Trial {
             fraction_of_peak: flops_per_s / gemm_peak_flops,
             threads: self.threads,
             memory,
-            breakdown: breakdown(config, learner.spec(), step_s, &ops),
+            profiled_s,
+            breakdown: breakdown(config, learner.spec(), profiled_s, &ops),
             ops,
         })
     }
@@ -144,17 +151,33 @@ impl Trial {
 
 impl Report {
     fn text(&self) -> String {
-        let Report { step_s, tokens_per_s, flops_per_s, gemm_peak_flops, fraction_of_peak, threads, memory, .. } = self;
+        let Report {
+            step_s,
+            profiled_s,
+            tokens_per_s,
+            flops_per_s,
+            gemm_peak_flops,
+            fraction_of_peak,
+            threads,
+            memory,
+            ..
+        } = self;
         let mut lines = vec![["part", "ms", "share", "GFLOP/s"].map(str::to_owned)];
         lines.extend(self.breakdown.iter().map(|part| {
             let rate = part.flops_per_s.map_or(String::new(), giga);
             [part.part.to_owned(), milliseconds(part.seconds), percent(part.share), rate]
         }));
-        lines.push(["together".to_owned(), milliseconds(*step_s), percent(1.0), giga(*flops_per_s)]);
+        lines.push([
+            "together".to_owned(),
+            milliseconds(*profiled_s),
+            percent(1.0),
+            giga(flops_per_s * step_s / profiled_s),
+        ]);
         format!(
-            "{tokens_per_s:.0} tokens/s, {:.1} GFLOP/s: {} of the {:.1} GFLOP/s that this machine reaches in matrix products ({threads} threads)\n\n\
+            "{} ms a step, {tokens_per_s:.0} tokens/s, {:.1} GFLOP/s: {} of the {:.1} GFLOP/s that this machine reaches in matrix products ({threads} threads)\n\n\
              {}\n\
              memory: {} over the {} before the net was built; vcycle plan predicts {}\n",
+            milliseconds(*step_s),
             flops_per_s / 1e9,
             percent(*fraction_of_peak),
             gemm_peak_flops / 1e9,
