@@ -44,8 +44,25 @@ if [ "$(cat "$folder/complete" 2>/dev/null)" != "${wheels[*]}" ]; then
     echo "${wheels[*]}" >"$folder/complete"
 fi
 
+# What candle's build finds as nvcc. Nine tenths of its work are kernels of quantised nets, which nothing here calls: it gets
+# empty objects for them, and the linker drops what would call them. That saves ten minutes, and 50 MB in every program.
+mkdir -p "$folder/quick/bin"
+for part in include lib lib64; do
+    ln -sfn "$toolkit/$part" "$folder/quick/$part"
+done
+cat >"$folder/quick/bin/nvcc" <<SCRIPT
+#!/usr/bin/env bash
+case " \$* " in
+    *" -c "*/mmq_gguf/*.cu* | *" -c "*/moe/*.cu* | *" -c "*/mmvq_gguf.cu*)
+        while [ "\$1" != -o ]; do shift; done
+        exec "${CC:-cc}" -x c -c -fPIC /dev/null -o "\$2" ;;
+esac
+exec "$toolkit/bin/nvcc" "\$@"
+SCRIPT
+chmod +x "$folder/quick/bin/nvcc"
+
 cat <<TEXT
 export CUDA_HOME="$toolkit" CUDA_PATH="$toolkit" CUDA_ROOT="$toolkit" CUDA_TOOLKIT_ROOT_DIR="$toolkit"
-export PATH="$toolkit/bin:\$PATH" LIBRARY_PATH="$toolkit/lib:$toolkit/lib/stubs\${LIBRARY_PATH:+:\$LIBRARY_PATH}"
+export PATH="$folder/quick/bin:$toolkit/bin:\$PATH" LIBRARY_PATH="$toolkit/lib:$toolkit/lib/stubs\${LIBRARY_PATH:+:\$LIBRARY_PATH}"
 export CUDA_COMPUTE_CAP="\${CUDA_COMPUTE_CAP:-90}"
 TEXT
