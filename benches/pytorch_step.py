@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The rival: the training step of `vcycle bench step` (forward, backward, clip, AdamW) in PyTorch on the CPU.
+"""The rival: the training step of `vcycle bench step` (forward, backward, clip, AdamW) in PyTorch, on the CPU or a GPU.
 
-    python benches/pytorch_step.py --batch 4 --context 256 --vocab 50257 [--compile]
+    python benches/pytorch_step.py --batch 4 --context 256 --vocab 50257 [--compile] [--device cuda --dtype bf16]
 
 Prints JSON. The net is that of tests/oracle (flash attention, tanh GELU, tied head) in the usual GPT form; the optimizer is
 PyTorch's fused AdamW. With --serve it reads a number of steps from each line of standard input and prints their seconds,
@@ -40,7 +40,7 @@ def gpt_block(block, h, x):
 def build(args):
     """A function that does one training step."""
     torch.manual_seed(1337)
-    net = Net(args.vocab, args.width, args.heads, args.context, args.depth)
+    net = Net(args.vocab, args.width, args.heads, args.context, args.depth).to(args.device)
     net.step = gpt_block
     for p in net.parameters():
         if p.dim() == 2:
@@ -54,9 +54,9 @@ def build(args):
     forward = torch.compile(net, dynamic=False) if args.compile else net
 
     def step():
-        tokens, targets = torch.randint(args.vocab, (2, args.batch, args.context))
+        tokens, targets = torch.randint(args.vocab, (2, args.batch, args.context), device=args.device)
         optimizer.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.dtype == "bf16"):
+        with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.dtype == "bf16"):
             loss = forward(tokens, targets, reduction="mean")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -80,7 +80,8 @@ def main():
     defaults = dict(depth=12, width=256, heads=8, context=256, batch=4, vocab=50257, threads=2, steps=7)
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the net (needs a C++ compiler)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--compile", action="store_true", help="torch.compile the net (on a CPU it needs a C++ compiler)")
     parser.add_argument("--adamw", default="fused", choices=["fused", "foreach", "loop"])
     parser.add_argument("--dtype", default="f32", choices=["f32", "bf16"], help="bf16: under torch.autocast")
     parser.add_argument("--serve", action="store_true")
