@@ -86,9 +86,9 @@ fn sum_in_f32(device: &CudaDevice) -> Result<()> {
 fn driver_error(error: result::DriverError) -> crate::error::Error {
     let text = error.error_string().map(|text| text.to_string_lossy().into_owned());
     crate::error::anyhow!(
-        "the NVIDIA driver answers: {} (code {}); `nvidia-smi` shows whether it works",
+        "the NVIDIA driver answers: {} ({:?}); `nvidia-smi` shows whether it works",
         text.unwrap_or_else(|_| "no text".into()),
-        error.0 as u32
+        error.0
     )
 }
 
