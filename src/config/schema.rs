@@ -356,7 +356,7 @@ table! {
         /// Steps between lines of `metrics.jsonl` and of the console.
         every_steps: u64 = 10,
         /// Steps between evaluations of the fine net on validation data; the last step is always evaluated. 0 = only the last.
-        eval_every: u64 = 100,
+        eval_every: u64 = 200,
         /// Validation sequences an evaluation reads; 0 = all of them.
         eval_sequences: usize = 64,
     }
