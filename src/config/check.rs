@@ -28,10 +28,10 @@ fn default_fractions(kind: CycleKind, count: usize) -> Option<Vec<f64>> {
         // What reached the baseline's loss in the longest runs measured: docs/CHOOSING.md.
         CycleKind::Cascade | CycleKind::Adaptive => Some(match count {
             1 => vec![1.0],
-            2 => vec![0.82, 0.18],
+            2 => vec![0.8, 0.2],
             _ => {
-                let mut fractions = vec![0.64 / (count as f64 - 2.0); count];
-                fractions[count - 2..].fill(0.18);
+                let mut fractions = vec![0.6 / (count as f64 - 2.0); count];
+                fractions[count - 2..].fill(0.2);
                 fractions
             }
         }),

@@ -255,7 +255,7 @@ table! {
     CycleTable {
         /// `flat`, `paper`, `cascade`, `v`, `w`, `f`, `adaptive` or `phases`.
         kind: CycleKind = CycleKind::Flat,
-        /// `paper`, `cascade`, `adaptive`: share of the steps on each level, coarsest first; they add up to 1. Default: for `paper` half each, else 0.18 on each of the two finest levels, the rest shared equally by the coarser ones.
+        /// `paper`, `cascade`, `adaptive`: share of the steps on each level, coarsest first; they add up to 1. Default: for `paper` half each, else 0.2 on each of the two finest levels, the rest shared equally by the coarser ones.
         fractions: Option<Vec<f64>> = None,
         /// `v`, `w`, `f`: steps on a level before descending from it.
         pre: u64 = 10,
