@@ -25,14 +25,16 @@ pub fn resolve(config: &mut Config) {
 fn default_fractions(kind: CycleKind, count: usize) -> Option<Vec<f64>> {
     match kind {
         CycleKind::Paper => Some(vec![0.5, 0.5]),
-        // The best found: docs/CHOOSING.md.
-        CycleKind::Cascade | CycleKind::Adaptive => {
-            let finer = count as f64 - 1.0;
-            let share = f64::min(0.1, 0.5 / finer);
-            let mut fractions = vec![share; count];
-            fractions[0] = 1.0 - finer * share;
-            Some(fractions)
-        }
+        // What reached the baseline's loss in the longest runs measured: docs/CHOOSING.md.
+        CycleKind::Cascade | CycleKind::Adaptive => Some(match count {
+            1 => vec![1.0],
+            2 => vec![0.8, 0.2],
+            _ => {
+                let mut fractions = vec![0.6 / (count as f64 - 2.0); count];
+                fractions[count - 2..].fill(0.2);
+                fractions
+            }
+        }),
         _ => None,
     }
 }

@@ -255,7 +255,7 @@ table! {
     CycleTable {
         /// `flat`, `paper`, `cascade`, `v`, `w`, `f`, `adaptive` or `phases`.
         kind: CycleKind = CycleKind::Flat,
-        /// `paper`, `cascade`, `adaptive`: share of the steps on each level, coarsest first; they add up to 1. Default: for `paper` half each, else 0.1 on each level above the coarsest (together at most half), the rest on the coarsest.
+        /// `paper`, `cascade`, `adaptive`: share of the steps on each level, coarsest first; they add up to 1. Default: for `paper` half each, else 0.2 on each of the two finest levels, the rest shared equally by the coarser ones.
         fractions: Option<Vec<f64>> = None,
         /// `v`, `w`, `f`: steps on a level before descending from it.
         pre: u64 = 10,
@@ -356,7 +356,7 @@ table! {
         /// Steps between lines of `metrics.jsonl` and of the console.
         every_steps: u64 = 10,
         /// Steps between evaluations of the fine net on validation data; the last step is always evaluated. 0 = only the last.
-        eval_every: u64 = 100,
+        eval_every: u64 = 200,
         /// Validation sequences an evaluation reads; 0 = all of them.
         eval_sequences: usize = 64,
     }

@@ -152,8 +152,9 @@ fn the_plans_of_every_cycle() {
         ),
         (
             "[run]\nsteps = 10\n[levels]\ncount = 2\ntransfer = 'injection'\ncoset = 'random'\n[cycle]\nkind = 'cascade'",
-            "v1 1.?:9 ^0 0:1",
+            "v1 1.?:8 ^0 0:2",
         ),
+        ("[run]\nsteps = 10\n[levels]\ncount = 4\n[cycle]\nkind = 'cascade'", "v1 v2 v3 3:3 ^2 2:3 ^1 1:2 ^0 0:2"),
         (
             "[run]\nsteps = 40\n[levels]\ncount = 2\ntransfer = 'injection'\n[cycle]\nkind = 'paper'\n\
              [parallel]\nplacement = 'cosets'",

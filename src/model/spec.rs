@@ -45,8 +45,9 @@ impl Spec {
             init_std: model.init_std,
             recompute: model.recompute,
             dtype: match (model.dtype, config.parallel.device) {
-                (Dtype::Bf16, DeviceKind::Auto | DeviceKind::Cuda) => DType::BF16,
-                (Dtype::F32, _) | (_, DeviceKind::Cpu) => DType::F32,
+                (Dtype::Bf16, DeviceKind::Cuda) => DType::BF16,
+                (Dtype::Bf16, DeviceKind::Auto) if cfg!(feature = "cuda") => DType::BF16,
+                _ => DType::F32,
             },
             factors: match model.dtype {
                 Dtype::F32 => Factors::Exact,

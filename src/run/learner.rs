@@ -284,7 +284,7 @@ mod tests {
         let text = format!(
             "[data]\ndir = '{}'\ncontext = 16\nbatch = 4\n[optimizer]\nlr = 1e-2\n\
              [model]\nvocab = 64\nwidth = 16\nheads = 2\ndepth = 4\ndtype = '{dtype}'\n\
-             [levels]\ncount = 2\ncontext = [16, 8]\n[cycle]\nkind = 'cascade'",
+             [levels]\ncount = 2\ncontext = [16, 8]\n[cycle]\nkind = 'cascade'\n[parallel]\ndevice = 'cuda'",
             folder.path().display()
         );
         let config = crate::config::parse(&text, &[]).unwrap();

@@ -135,7 +135,7 @@ pub mod tests {
         assert!(State::read(&run(dir.path(), ", data.dir = 'moved', checkpoint.keep = 1")).is_ok());
         for (set, expected) in [
             (", optimizer.lr = 0.5", "optimizer.lr was 0.001, is now 0.5"),
-            (", log.eval_every = 5", "log.eval_every was 100, is now 5"),
+            (", log.eval_every = 5", "log.eval_every was 200, is now 5"),
         ] {
             let e = State::read(&run(dir.path(), set)).unwrap_err().to_string();
             assert!(e.contains(expected) && e.contains(&dir.path().display().to_string()), "{e}");

@@ -8,18 +8,20 @@ use std::sync::OnceLock;
 pub enum Kernel {
     /// Intel's matrix unit, Sapphire Rapids and newer
     Amx,
-    /// AVX-512's dot products of pairs: Cooper Lake, Zen 4 and newer
+    /// AVX-512's dot products of pairs: Zen 4 and newer. Intel has them from Cooper Lake on, where they are slower than
+    /// products in f32.
     Avx512,
 }
 
 impl Kernel {
-    /// The fastest that this CPU and its operating system have.
+    /// The fastest on this CPU and its operating system, if one is faster than products in f32. Not found by timing: the
+    /// same machine must give the same bits.
     pub fn of_this_cpu() -> Option<Kernel> {
         static FOUND: OnceLock<Option<Kernel>> = OnceLock::new();
-        *FOUND.get_or_init(|| Kernel::all().next())
+        *FOUND.get_or_init(|| Kernel::all().find(|&kernel| kernel == Kernel::Amx || !is_intel()))
     }
 
-    /// All that this CPU has, the fastest first.
+    /// All that this CPU has.
     pub fn all() -> impl Iterator<Item = Kernel> {
         let found = [(Kernel::Amx, has_amx()), (Kernel::Avx512, has_avx512_bf16())];
         found.into_iter().filter_map(|(kernel, is_there)| is_there.then_some(kernel))
@@ -99,6 +101,26 @@ pub fn has_avx512_bf16() -> bool {
     false
 }
 
+fn is_intel() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let vendor = cpuid(0);
+        [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).concat() == b"GenuineIntel"
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// The registers of a leaf that this CPU has.
+#[cfg(target_arch = "x86_64")]
+fn cpuid(leaf: u32) -> std::arch::x86_64::CpuidResult {
+    // SAFETY: every CPU of this architecture has the instruction. Older compilers want it marked.
+    #[allow(unused_unsafe)]
+    unsafe {
+        std::arch::x86_64::__cpuid_count(leaf, 0)
+    }
+}
+
 /// AMX is packed for by AVX-512.
 fn has_amx() -> bool {
     #[cfg(target_arch = "x86_64")]
@@ -110,7 +132,6 @@ fn has_amx() -> bool {
 #[cfg(target_arch = "x86_64")]
 mod amx {
     use std::arch::asm;
-    use std::arch::x86_64::__cpuid_count;
 
     /// Palette 1: eight tiles of 16 rows of 64 bytes.
     #[repr(C, align(64))]
@@ -133,8 +154,7 @@ mod amx {
     /// The CPU has tiles and their products of bf16, and Linux lets this process use them.
     pub fn is_there() -> bool {
         const BF16_AND_TILES: u32 = 1 << 22 | 1 << 24;
-        let leaves = __cpuid_count(0, 0).eax;
-        leaves >= 7 && __cpuid_count(7, 0).edx & BF16_AND_TILES == BF16_AND_TILES && permitted()
+        super::cpuid(0).eax >= 7 && super::cpuid(7).edx & BF16_AND_TILES == BF16_AND_TILES && permitted()
     }
 
     /// Asks Linux for the state of the tiles, for all threads of this process.
