@@ -46,7 +46,7 @@ cuda-kernels: ## Compile the CUDA kernels alone, for sm_80 and sm_90 (minutes; n
 	$(WITH_CUDA) nvcc --options-file src/ops/cuda/nvcc.options -lib --threads 0 \
 		-o target/cuda-kernels/libvcycle_kernels.a src/ops/cuda/*.cu
 
-cuda-clippy: deps ## Lint with the feature `cuda` (builds candle's kernels: 12 minutes; no GPU)
+cuda-clippy: deps ## Lint with the feature `cuda` (compiles candle anew: minutes; no GPU)
 	$(WITH_CUDA) $(CARGO) clippy $(PROFILE) --locked --all-targets --features cuda -- -D warnings
 
 docs: build ## Regenerate docs/CONFIG.md
