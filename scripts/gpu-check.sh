@@ -107,7 +107,10 @@ try() {
     case $status in
         0) say "ok      $name ($((SECONDS - begin)) s)" ;;
         124 | 137) failed "$name: not done after $((SECONDS - begin)) s" ;;
-        *) failed "$name: status $status after $((SECONDS - begin)) s" && tail -n 5 "$scratch/last" | sed 's/^/        /' | tee -a "$out/table" ;;
+        *)
+            failed "$name: status $status after $((SECONDS - begin)) s"
+            { grep -A 2 -m 1 panicked "$scratch/last" || tail -n 5 "$scratch/last"; } | cut -c 1-300 | sed 's/^/        /' | tee -a "$out/table"
+            ;;
     esac
     return "$status"
 }
