@@ -30,7 +30,7 @@ pub fn run(args: Args) -> Result<Outcome> {
     // The fine net alone is wanted.
     (config.levels.count, config.levels.coset) = (1, CosetPolicy::First);
     (config.cycle.kind, config.parallel.placement) = (CycleKind::Flat, Placement::Sequential);
-    // On any machine.
+    // In f32, whatever products were rounded to in training.
     config.model.dtype = Dtype::F32;
     config.data.dir = args.data.unwrap_or(config.data.dir);
     config.log.eval_sequences = args.sequences.unwrap_or(config.log.eval_sequences);

@@ -26,15 +26,14 @@ fn default_fractions(kind: CycleKind, count: usize) -> Option<Vec<f64>> {
     match kind {
         CycleKind::Paper => Some(vec![0.5, 0.5]),
         // What reached the baseline's loss in the longest runs measured: docs/CHOOSING.md.
-        CycleKind::Cascade | CycleKind::Adaptive => Some(match count {
-            1 => vec![1.0],
-            2 => vec![0.8, 0.2],
-            _ => {
-                let mut fractions = vec![0.6 / (count as f64 - 2.0); count];
-                fractions[count - 2..].fill(0.2);
-                fractions
-            }
-        }),
+        CycleKind::Cascade | CycleKind::Adaptive => {
+            const SHARE: f64 = 0.2;
+            let finest = (count - 1).min(2);
+            let coarser = count - finest;
+            let mut fractions = vec![(1.0 - SHARE * finest as f64) / coarser as f64; count];
+            fractions[coarser..].fill(SHARE);
+            Some(fractions)
+        }
         _ => None,
     }
 }

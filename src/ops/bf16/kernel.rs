@@ -235,12 +235,11 @@ mod amx {
 
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
-    use super::super::{PANEL, STEP_PAIRS};
+    use super::super::{PANEL, STEP_PAIRS, TILE};
     use std::arch::x86_64::*;
 
     /// Rows of c whose sums are held in registers, for two vectors of columns.
     const ROWS: usize = 8;
-    const TILE: usize = 16;
 
     /// # Safety
     /// The CPU has the instructions; `c` is 32 rows of 32 elements `stride` apart.

@@ -15,12 +15,14 @@ use super::real::{Real, with_scratch};
 use half::bf16;
 use kernel::Kernel;
 
-/// Rows of a panel of a, columns of one of b.
-const PANEL: usize = 32;
+/// Rows and columns of a tile, in pairs of bf16.
+const TILE: usize = 16;
+/// Rows of a panel of a, columns of one of b: two tiles.
+const PANEL: usize = 2 * TILE;
 /// Elements of k in a step of a kernel: a row of a tile.
-const STEP: usize = 32;
+const STEP: usize = 2 * TILE;
 /// Pairs of bf16 that a step reads from a panel.
-const STEP_PAIRS: usize = PANEL * STEP / 2;
+const STEP_PAIRS: usize = PANEL * TILE;
 /// At most this many elements of k are packed at once: 32 KiB a panel.
 const MAX_K: usize = 512;
 /// Rows of a and columns of b that are packed at once: 128 KiB and 1 MiB, which stay in a second cache of 2 MiB.
@@ -35,13 +37,11 @@ pub fn instructions() -> &'static str {
 /// c = beta c + bf16(alpha a) bf16(b) on this thread. beta = 0 does not read c.
 ///
 /// An element of c gets the same bits whatever larger product this one is a tile of.
-pub fn multiply(alpha: f64, a: Mat<f32>, b: Mat<f32>, beta: f64, mut c: MatMut<f32>) {
-    let Some(kernel) = Kernel::of_this_cpu() else { return multiply_rounded(alpha, a, b, beta, c) };
-    let keep = beta != 0.0;
-    if keep && beta != 1.0 {
-        scale(beta as f32, &mut c);
+pub fn multiply(alpha: f64, a: Mat<f32>, b: Mat<f32>, beta: f64, c: MatMut<f32>) {
+    match Kernel::of_this_cpu() {
+        Some(kernel) => by_blocks(kernel, alpha, a, b, beta, c),
+        None => multiply_rounded(alpha, a, b, beta, c),
     }
-    by_blocks(kernel, alpha as f32, a, b, keep, c);
 }
 
 /// As [`multiply`], by a product of f32 or f64.
@@ -65,15 +65,12 @@ fn round<T: Real>(factor: f64, x: Mat<T>, out: &mut [T]) {
     }
 }
 
-fn scale(beta: f32, c: &mut MatMut<f32>) {
-    (0..c.rows()).for_each(|i| c.row(i).iter_mut().for_each(|c| *c *= beta));
-}
-
-/// c = alpha a b, added to c if `keep`.
-fn by_blocks(kernel: Kernel, alpha: f32, a: Mat<f32>, b: Mat<f32>, keep: bool, mut c: MatMut<f32>) {
+/// As [`multiply`], by `kernel`; k ≥ 1. Kernels set c or add to it: another beta is applied before.
+fn by_blocks(kernel: Kernel, alpha: f64, a: Mat<f32>, b: Mat<f32>, beta: f64, mut c: MatMut<f32>) {
     let (rows, cols, k) = (a.row_count(), b.col_count(), a.col_count());
-    if k == 0 && !keep {
-        return scale(0.0, &mut c);
+    assert!(k > 0, "a product of nothing");
+    if beta != 0.0 && beta != 1.0 {
+        (0..rows).for_each(|i| c.row(i).iter_mut().for_each(|c| *c *= beta as f32));
     }
     let panels = |n: usize| n.div_ceil(PANEL);
     let steps = k.min(MAX_K).div_ceil(STEP);
@@ -83,11 +80,11 @@ fn by_blocks(kernel: Kernel, alpha: f32, a: Mat<f32>, b: Mat<f32>, keep: bool, m
         let (packed_a, packed_b) = pairs.split_at_mut(a_len);
         kernel.session(|kernel| {
             for k in blocks(k, MAX_K) {
-                let keep = keep || k.start > 0;
+                let keep = beta != 0.0 || k.start > 0;
                 for cols in blocks(cols, MAX_COLS) {
                     pack::columns(b.block(k.clone(), cols.clone()), packed_b);
                     for rows in blocks(rows, MAX_ROWS) {
-                        pack::rows(alpha, a.block(rows.clone(), k.clone()), packed_a);
+                        pack::rows(alpha as f32, a.block(rows.clone(), k.clone()), packed_a);
                         let c = c.block(rows, cols.clone());
                         multiply_packed(kernel, k.len().div_ceil(STEP), packed_a, packed_b, keep, c);
                     }

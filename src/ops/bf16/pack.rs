@@ -4,11 +4,9 @@
 //! of a panel of a [row][p], of one of b [p][column]. Beyond the matrix are zeros.
 use super::super::matrix::Mat;
 use super::super::real::with_scratch;
-use super::{PANEL, STEP};
+use super::{PANEL, STEP, TILE};
 use half::bf16;
 
-/// Rows and columns of a tile, in pairs.
-const TILE: usize = 16;
 type Tile = [u32; TILE * TILE];
 
 /// Lends `f` a buffer of `len` pairs of unspecified value that begins at a cache line.
@@ -42,8 +40,7 @@ enum Order {
 /// Panels of 32 lines of factor x [lines, k].
 fn panels(factor: f32, x: Mat<f32>, order: Order, packed: &mut [u32]) {
     let (lines, k) = (x.row_count(), x.col_count());
-    let tiles = packed.as_chunks_mut::<{ TILE * TILE }>().0;
-    let mut tiles = tiles.iter_mut();
+    let mut tiles = packed.as_chunks_mut::<{ TILE * TILE }>().0.iter_mut();
     for panel in (0..lines).step_by(PANEL) {
         for step in (0..k).step_by(STEP) {
             for line in [panel, panel + TILE] {
@@ -115,7 +112,7 @@ mod avx512 {
         _mm512_permutexvar_epi16(from, halves)
     }
 
-    /// The transpose of 16 × 16, exchanging blocks of 1, 2, 4 and 8.
+    /// The transpose: within quarters of four rows and columns, then the quarters.
     #[target_feature(enable = "avx512f")]
     fn transpose(x: [__m512i; TILE]) -> [__m512i; TILE] {
         // Of the quarters of rows 4q + r: y[4q + c] has columns c, c + 4, c + 8, c + 12 of rows 4q .. 4q + 4.
