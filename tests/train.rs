@@ -43,6 +43,7 @@ const CYCLES: &[(&str, &[&str])] = &[
             "levels.count=3",
             "levels.batch=[8,5,4]",
             "levels.context=[16,8,4]",
+            "levels.noise=0.1",
             "cycle.kind=cascade",
             "model.parametrization=completep",
         ],
@@ -54,6 +55,7 @@ const CYCLES: &[(&str, &[&str])] = &[
             "levels.transfer=average",
             "levels.update=correct",
             "levels.coherence=true",
+            "levels.coherence_from=0.4",
             "cycle.kind=v",
             "cycle.pre=1",
             "cycle.post=1",
@@ -105,8 +107,8 @@ const CYCLES: &[(&str, &[&str])] = &[
             "levels.state=move",
             "cycle.kind=adaptive",
             "cycle.fractions=[0.8,0.2]",
-            "cycle.window=2",
-            "cycle.threshold=1.0",
+            "cycle.window=1",
+            "cycle.threshold=0.0",
         ],
     ),
     ("cosets", COSETS),
@@ -370,6 +372,22 @@ fn the_plan_is_what_training_logs() {
             assert_eq!(plan[key], last[key], "{name}: {key}");
         }
     }
+}
+
+/// Five measurements, one after each coarse step, and all say that the fine level gives more for its work.
+#[test]
+fn adaptive_leaves_a_coarse_level_early_and_counts_its_measurements() {
+    let bench = Bench::new();
+    let (_, settings) = CYCLES.iter().find(|(name, _)| *name == "adaptive").unwrap();
+    let run = bench.finished("adaptive", 1, settings);
+    let lines = metrics(&run);
+    let coarse = lines.iter().filter(|line| line["level"] == 1).count();
+    assert_eq!((coarse, lines.len()), (5, 12));
+    let flops = |line: &Value| line["flops_total"].as_u64().unwrap();
+    let (coarse_step, fine_step) = (flops(&lines[0]), flops(&lines[11]) - flops(&lines[10]));
+    assert_eq!(flops(&lines[11]), 5 * coarse_step + (7 + 5) * fine_step);
+    let log = std::fs::read_to_string(run.join("log.txt")).unwrap();
+    assert!(log.contains("step 5: level 1 is left after 5 steps"), "{log}");
 }
 
 #[test]

@@ -179,7 +179,7 @@ impl Plan {
         let Plan { cycle, steps, tokens_per_step, ranks, memory, .. } = self;
         let micro_batch = memory.micro_batch;
         let longest_stay = if self.longest_stay {
-            "\nThe cycle may leave a coarse level earlier; the figures are those of the longest stay on each.\n"
+            "\nThe cycle may leave a coarse level earlier; the figures are those of the longest stay on each, the least work.\n"
         } else {
             ""
         };

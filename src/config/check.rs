@@ -26,12 +26,20 @@ fn default_fractions(kind: CycleKind, count: usize) -> Option<Vec<f64>> {
     match kind {
         CycleKind::Paper => Some(vec![0.5, 0.5]),
         // What reached the baseline's loss in the longest runs measured: docs/CHOOSING.md.
-        CycleKind::Cascade | CycleKind::Adaptive => {
+        CycleKind::Cascade => {
             const SHARE: f64 = 0.2;
             let finest = (count - 1).min(2);
             let coarser = count - finest;
             let mut fractions = vec![(1.0 - SHARE * finest as f64) / coarser as f64; count];
             fractions[coarser..].fill(SHARE);
+            Some(fractions)
+        }
+        // The longest stays: what saved most in the shortest runs.
+        CycleKind::Adaptive => {
+            const COARSEST: f64 = 0.7;
+            let finer = count - 1;
+            let mut fractions = vec![(1.0 - COARSEST) / finer as f64; count];
+            fractions[0] = if finer > 0 { COARSEST } else { 1.0 };
             Some(fractions)
         }
         _ => None,
@@ -106,7 +114,16 @@ fn check_levels(config: &Config) -> Result<()> {
     );
     within("levels.alpha", levels.alpha, 0.0, 2.0)?;
     at_least_one("levels.coherence_batches", levels.coherence_batches)?;
+    within("levels.coherence_from", levels.coherence_from, 0.0, 1.0)?;
     check_sequences(config)?;
+    within("levels.noise", levels.noise, 0.0, 1.0)?;
+    ensure!(
+        levels.noise == 0.0 || levels.update == Update::Replace && levels.transfer != TransferKind::Injection,
+        "levels.noise = {} parts copies: it needs levels.update = \"replace\" (now \"{}\") and a levels.transfer other than \"injection\" (now \"{}\")",
+        levels.noise,
+        levels.update,
+        levels.transfer
+    );
     within("levels.pull", levels.pull, 0.0, 1.0)?;
     ensure!(
         levels.pull == 0.0
@@ -193,7 +210,11 @@ fn check_cycle(config: &Config) -> Result<()> {
         ensure!((sum - 1.0).abs() < 1e-6, "cycle.fractions add up to {sum}: expected 1");
     }
     within("cycle.finish", cycle.finish, 0.0, 1.0)?;
-    within("cycle.threshold", cycle.threshold, 0.0, 1.0)?;
+    ensure!(
+        cycle.threshold >= 0.0 && cycle.threshold.is_finite(),
+        "cycle.threshold = {}: expected a number of at least 0",
+        cycle.threshold
+    );
     at_least_one("cycle.window", cycle.window)?;
     match cycle.kind {
         CycleKind::Paper => {
@@ -210,6 +231,11 @@ fn check_cycle(config: &Config) -> Result<()> {
             check_one_cycle_fits(config)?;
         }
         CycleKind::Phases => check_phases(config)?,
+        CycleKind::Adaptive => ensure!(
+            levels.transfer != TransferKind::Injection,
+            "cycle.kind = \"adaptive\" compares a coarse level's rows with the finer one's: it needs levels.transfer = \"copy\", \"average\" or \"linear\" (now \"{}\")",
+            levels.transfer
+        ),
         _ => {}
     }
     Ok(())

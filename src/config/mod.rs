@@ -119,6 +119,11 @@ impl Config {
         self.model.depth / self.levels.factor.pow(level as u32)
     }
 
+    /// Whether a descent after `step` steps adds a coherence term.
+    pub fn is_coherent(&self, step: u64) -> bool {
+        self.levels.coherence && step as f64 >= self.levels.coherence_from * self.run.steps as f64
+    }
+
     /// h_l: step size of level `l`.
     pub fn step_size(&self, level: usize) -> f64 {
         self.horizon() / self.rows(level) as f64
@@ -238,6 +243,8 @@ mod tests {
             ("[data]\nbatch = 0", "data.batch"),
             ("[cycle]\nkind = 'cascade'\nfractions = [0.5, 0.1]\n[levels]\ncount = 2", "cycle.fractions"),
             ("[levels]\ncount = 2\npull = 0.1", "levels.transfer"),
+            ("[levels]\ncount = 2\nnoise = 0.1\nupdate = 'mix'", "levels.noise"),
+            ("[levels]\ncoherence_from = 2", "levels.coherence_from"),
             ("[levels]\ncount = 2\nbatch = [16]", "levels.batch"),
             ("[levels]\ncount = 2\nbatch = [8, 8]", "data.batch"),
             ("[levels]\ncount = 2\nbatch = [16, 0]", "levels.batch"),

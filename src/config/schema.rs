@@ -233,10 +233,14 @@ table! {
         update: Update = Update::Replace,
         /// α of `mix` and `correct`.
         alpha: f64 = 1.0,
+        /// `replace`: after an ascent, twin rows, which are copies of each other, are parted by normal noise of this share of the root mean square of each matrix; their mean stays.
+        noise: f64 = 0.0,
         /// `scale`, `move`, `reset` or `keep`: what a switch does to optimizer state.
         state: StateRule = StateRule::Scale,
         /// Add the first-order coherence term −<v, θ_H> (MG/OPT, FAS) to coarse objectives.
         coherence: bool = false,
+        /// Share of the steps before which descents add no coherence term.
+        coherence_from: f64 = 0.0,
         /// Batches over which the coherence term is measured at a descent.
         coherence_batches: u64 = 4,
         /// Sequences in a global batch on each level, finest first. Default: `data.batch` on all.
@@ -255,7 +259,7 @@ table! {
     CycleTable {
         /// `flat`, `paper`, `cascade`, `v`, `w`, `f`, `adaptive` or `phases`.
         kind: CycleKind = CycleKind::Flat,
-        /// `paper`, `cascade`, `adaptive`: share of the steps on each level, coarsest first; they add up to 1. Default: for `paper` half each, else 0.2 on each of the two finest levels, the rest shared equally by the coarser ones.
+        /// `paper`, `cascade`, `adaptive`: share of the steps on each level, coarsest first; they add up to 1. `adaptive`: at most. Default: `paper` half each; `cascade` 0.2 on each of the two finest levels, the rest shared equally by the coarser ones; `adaptive` 0.7 on the coarsest, the rest shared equally.
         fractions: Option<Vec<f64>> = None,
         /// `v`, `w`, `f`: steps on a level before descending from it.
         pre: u64 = 10,
@@ -265,10 +269,10 @@ table! {
         coarse: u64 = 50,
         /// `v`, `w`, `f`: share of the steps spent on the fine level at the end. Before it, steps that fill no further cycle are spread over the visits in proportion.
         finish: f64 = 0.2,
-        /// `adaptive`: steps in a window over which the training loss is averaged.
-        window: u64 = 20,
-        /// `adaptive`: leave a level when a doubling of the steps on it brings at most this share of what the one before brought.
-        threshold: f64 = 0.3,
+        /// `adaptive`: steps between measurements of what a coarse level does not resolve of the finer one's gradient.
+        window: u64 = 50,
+        /// `adaptive`: leave a level when the part of the finer one's gradient that it does not resolve is, squared, this many times c - 1 of the part that it does (mean of five measurements).
+        threshold: f64 = 1.0,
         /// `phases`: the list of `{ level = L, steps = S }`; switches are inserted between them.
         phases: Vec<Phase> = Vec::new(),
     }

@@ -118,9 +118,12 @@ pub trait Cycle: Sync {
     fn cosets(&self, config: &Config) -> CosetPolicy {
         config.levels.coset
     }
-    /// Whether to leave the current coarse level now, from the training loss since it was entered: means over
-    /// `cycle.window` steps each, oldest first.
-    fn leave(&self, _config: &Config, _losses: &[f64]) -> bool {
+    /// Whether the unresolved ratio ρ of a coarse level is measured every `cycle.window` steps, for [`Cycle::leave`].
+    fn measures(&self) -> bool {
+        false
+    }
+    /// Whether to leave the current coarse level now, from the ρ measured since it was entered, oldest first.
+    fn leave(&self, _config: &Config, _unresolved: &[f64]) -> bool {
         false
     }
 }

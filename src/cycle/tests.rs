@@ -108,7 +108,7 @@ proptest! {
         let (before, level) = (position, position.level(&ops));
         let finer = |op: &Op| matches!(op, Op::Smooth { level: l, .. } if *l < level);
         let can = position.step_in_op > 0 && matches!(position.op(&ops), Some(Op::Smooth { .. })) && ops[position.op..].iter().any(finer);
-        shorten(&mut ops, &mut position);
+        shorten(&mut ops, &mut position, 2);
         prop_assert!(check(&ops, &config).is_ok());
         prop_assert_eq!(position.steps_done(&ops), before.steps_done(&ops));
         let expected = if can { Position { op: before.op + 1, step_in_op: 0 } } else { before };
@@ -204,31 +204,35 @@ fn coherence_is_refused_where_several_cosets_are_trained() {
 }
 
 #[test]
-fn a_shortened_smooth_gives_its_steps_to_finer_levels_in_proportion() {
-    let text = "[run]\nsteps = 100\n[levels]\ncount = 3\n[cycle]\nkind = 'adaptive'\nfractions = [0.4, 0.2, 0.4]";
+fn a_shortened_smooth_gives_finer_levels_more_work_in_proportion() {
+    let text = "[run]\nsteps = 100\n[levels]\ncount = 3\n[cycle]\nkind = 'adaptive'\nfractions = [0.4, 0.3, 0.3]";
     let mut ops = plan(&config(text));
-    assert_eq!(short(&ops), "v1 v2 2:40 ^1 1:20 ^0 0:40");
+    assert_eq!(short(&ops), "v1 v2 2:40 ^1 1:30 ^0 0:30");
     let mut position = Position { op: 2, step_in_op: 10 };
-    shorten(&mut ops, &mut position);
-    assert_eq!(short(&ops), "v1 v2 2:10 ^1 1:30 ^0 0:60");
+    shorten(&mut ops, &mut position, 2);
+    assert_eq!(short(&ops), "v1 v2 2:10 ^1 1:50 ^0 0:40");
     assert_eq!(position, Position { op: 3, step_in_op: 0 });
 }
 
 #[test]
-fn adaptive_leaves_a_level_that_no_longer_pays() {
-    let config = config("[levels]\ncount = 2\n[cycle]\nkind = 'adaptive'\nthreshold = 0.3");
-    let losses = |n: usize, loss: &dyn Fn(f64) -> f64| (1..=n).map(|s| loss(s as f64)).collect::<Vec<f64>>();
-    let leave = |losses: &[f64]| cycle(CycleKind::Adaptive).leave(&config, losses);
-    let when = |loss: &dyn Fn(f64) -> f64| (0..400).find(|&n| leave(&losses(n, loss)));
-    assert!(!leave(&[]) && !leave(&[2.0; 7]), "nothing to compare with");
-    assert!(leave(&[2.0; 8]), "nothing is gained");
-    assert_eq!(when(&|s| 1.5 + s.powf(-0.3)), None, "a power law, whatever its limit");
-    assert_eq!(when(&|s| 4.0 - s.ln() / 3.0), None);
-    let saturated = when(&|s| 1.5 + s.powf(-0.3).max(0.3)).unwrap();
-    assert!((55..200).contains(&saturated), "the loss is constant from s = 55 on: left at {saturated}");
-    assert_eq!(when(&|s| 1.5 + s.powf(0.3)), Some(8), "the loss grows");
-    assert_eq!(when(&|_| f64::NAN), None);
-    assert!(!cycle(CycleKind::Cascade).leave(&config, &[2.0; 8]));
+fn adaptive_leaves_a_level_whose_finer_one_gives_more_for_its_work() {
+    let leave = |factor: usize, ratios: &[f64]| {
+        let text = format!("[levels]\ncount = 2\nfactor = {factor}\n[cycle]\nkind = 'adaptive'");
+        cycle(CycleKind::Adaptive).leave(&config(&text), ratios)
+    };
+    assert!(!leave(2, &[]) && !leave(2, &[9.0; 4]), "too few measurements");
+    assert!(leave(2, &[1.0, 0.9, 1.1, 0.9, 1.1]) && !leave(2, &[1.0, 0.9, 1.1, 0.9, 1.0]), "the mean of five");
+    assert!(leave(2, &[0.1, 1.0, 1.0, 1.0, 1.0, 1.0]) && !leave(2, &[9.0, 0.1, 0.1, 0.1, 0.1, 0.1]), "the last five");
+    assert!(!leave(4, &[2.9; 5]) && leave(4, &[3.0; 5]), "four times the rows cost four times the work");
+    assert!(!leave(2, &[f64::NAN; 5]));
+    assert!(!cycle(CycleKind::Cascade).leave(&config("[levels]\ncount = 2\n[cycle]\nkind = 'cascade'"), &[9.0; 5]));
+}
+
+#[test]
+fn adaptive_is_refused_where_levels_share_rows() {
+    let text = "[data]\ndir = 'x'\n[levels]\ncount = 2\ntransfer = 'injection'\n[cycle]\nkind = 'adaptive'";
+    let error = format!("{:#}", config::parse(text, &[]).unwrap_err());
+    assert!(error.contains("cycle.kind") && error.contains("injection"), "{error}");
 }
 
 #[test]

@@ -27,7 +27,7 @@ pub enum Half {
 
 impl Hierarchy {
     /// The coarse side goes to the next coarser level; from level 0 it starts: R θ⁰ and e⁰ are kept.
-    pub fn descend_beside(&mut self, to: usize, gradient: &mut Gradient) -> Result<()> {
+    pub fn descend_beside(&mut self, to: usize, coherence: Option<&mut Gradient>) -> Result<()> {
         ensure!(
             self.ends.len() == 2 && self.current == 0,
             "no coarse level can be trained beside level {}",
@@ -38,7 +38,7 @@ impl Hierarchy {
         if to == 1 {
             self.ends_entry = Some(self.ends[0].theta.copy()?);
         }
-        self.restrict(to, to == 1, gradient)
+        self.restrict(to, to == 1, coherence)
     }
 
     /// The coarse side goes to the next finer level, level 1 at the finest.

@@ -27,6 +27,8 @@ pub struct Hierarchy {
     pub(super) scratch: Option<(Tensor, Params)>,
     pub(super) operator: &'static dyn Transfer,
     pub(super) rules: LevelsTable,
+    /// `run.seed`
+    pub(super) seed: u64,
     /// Name of each optimizer moment and the power of the gradient that it holds.
     pub(super) moments: Vec<(&'static str, i32)>,
 }
@@ -84,8 +86,8 @@ impl Hierarchy {
         let coarse_ends = &ends[copies - 1].theta;
         let scratch = if owners > 1 { Some(scratch(config, spec, &groups[0].theta, coarse_ends)?) } else { None };
         let (rules, moments) = (config.levels.clone(), moments.to_vec());
-        let (current, beside, ends_entry) = (0, None, None);
-        Ok(Hierarchy { ends, groups, levels, current, beside, ends_entry, scratch, operator, rules, moments })
+        let (current, beside, ends_entry, seed) = (0, None, None, config.run.seed);
+        Ok(Hierarchy { ends, groups, levels, current, beside, ends_entry, scratch, operator, rules, seed, moments })
     }
 
     /// The level that the run is on.

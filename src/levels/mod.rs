@@ -8,10 +8,12 @@ mod coherence;
 mod group;
 mod hierarchy;
 mod memory;
+mod noise;
 mod pull;
 mod snapshot;
 mod switch;
 pub mod transfer;
+mod unresolved;
 
 pub use beside::Half;
 pub use group::Group;

@@ -13,12 +13,12 @@ use candle_core::Tensor;
 pub type Gradient<'a> = dyn FnMut(&Hierarchy, usize) -> Result<()> + 'a;
 
 impl Hierarchy {
-    /// Goes to the next coarser level: θ_H = R θ_h, optimizer state by rule; with coherence, measures v by `gradient`
-    /// (else it is never called).
-    pub fn descend(&mut self, to: usize, gradient: &mut Gradient) -> Result<()> {
+    /// Goes to the next coarser level: θ_H = R θ_h, optimizer state by rule; with `coherence`, a gradient, the coarse objective
+    /// gets a coherence term.
+    pub fn descend(&mut self, to: usize, coherence: Option<&mut Gradient>) -> Result<()> {
         self.check_descent(self.current, to)?;
         self.current = to;
-        self.restrict(to, false, gradient)
+        self.restrict(to, false, coherence)
     }
 
     /// Goes to the next finer level: θ_h by the update form, optimizer state by rule; the coherence term is dropped.
@@ -44,7 +44,7 @@ impl Hierarchy {
     }
 
     /// Everything that a descent to level `to` changes, except where the run is; `keeps_entry`: θ_H⁰ will be needed.
-    pub(super) fn restrict(&mut self, to: usize, keeps_entry: bool, gradient: &mut Gradient) -> Result<()> {
+    pub(super) fn restrict(&mut self, to: usize, keeps_entry: bool, coherence: Option<&mut Gradient>) -> Result<()> {
         if !self.shares_rows() {
             let theta = &self.groups[to].theta;
             self.restriction(to).multiply(1.0, &self.groups[to - 1].theta, 0.0, theta)?;
@@ -54,7 +54,7 @@ impl Hierarchy {
         }
         self.copy_ends(to - 1, to)?;
         self.move_state(to - 1, to)?;
-        if self.rules.coherence {
+        if let Some(gradient) = coherence {
             self.levels[to].coherence = Some(self.measure_coherence(to, gradient)?);
         }
         Ok(())
@@ -65,6 +65,7 @@ impl Hierarchy {
         let from = to + 1;
         if !self.shares_rows() {
             self.update_finer(from, &self.groups[from].theta, &self.groups[to].theta)?;
+            self.part_twins(to)?;
         }
         self.copy_ends(from, to)?;
         self.move_state(from, to)?;
@@ -117,7 +118,7 @@ impl Hierarchy {
     /// - replace: θ_h = P θ_H
     /// - mix:     θ_h = (1 - α) θ_h + α P θ_H
     /// - correct: θ_h = θ_h + α P (θ_H - θ_H⁰)
-    fn update_finer(&self, coarse: usize, theta: &Tensor, fine: &Tensor) -> Result<()> {
+    pub(super) fn update_finer(&self, coarse: usize, theta: &Tensor, fine: &Tensor) -> Result<()> {
         let (p, alpha) = (self.prolongation(coarse), self.rules.alpha);
         match (self.rules.update, &self.levels[coarse].entry) {
             (Update::Replace, _) => p.multiply(1.0, theta, 0.0, fine),

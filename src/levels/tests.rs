@@ -55,10 +55,6 @@ fn set(x: &Tensor, value: f64) {
     x.slice_set(&(x.zeros_like().unwrap() + value).unwrap(), 0, 0).unwrap();
 }
 
-fn no_gradient(_: &Hierarchy, _: usize) -> crate::error::Result<()> {
-    panic!("only coherence needs a gradient")
-}
-
 /// A real gradient on one fixed batch.
 fn gradient_of(config: &Config, dtype: DType) -> impl FnMut(&Hierarchy, usize) -> crate::error::Result<()> {
     let spec = Spec::new(config);
@@ -71,6 +67,63 @@ fn gradient_of(config: &Config, dtype: DType) -> impl FnMut(&Hierarchy, usize) -
         let (params, grads) = (hierarchy.params(level, 0), hierarchy.grads(level, 0));
         net.loss_and_gradient(params, grads, &tokens, &targets, 1.0 / 15.0, &mut |_| Ok(()))?;
         Ok(())
+    }
+}
+
+#[test]
+fn the_unresolved_ratio_is_that_of_an_ascent_and_measuring_it_changes_nothing() {
+    each(|config| {
+        if config.levels.transfer == TransferKind::Injection {
+            return;
+        }
+        let [mut measured, mut other] = [(); 2].map(|_| hierarchy(config, DType::F64));
+        for h in [&mut measured, &mut other] {
+            h.descend(1, None).unwrap();
+            h.descend(2, None).unwrap();
+        }
+        disturb(&measured.group(2).theta);
+        other.group(2).theta.slice_set(&measured.group(2).theta, 0, 0).unwrap();
+        let mut gradient = gradient_of(config, DType::F64);
+        let ratio = measured.unresolved(&mut gradient).unwrap();
+        [&mut measured, &mut other].into_iter().for_each(|h| h.ascend(1).unwrap());
+        assert_eq!(distance(&measured.group(1).theta, &other.group(1).theta), 0.0);
+        gradient(&other, 1).unwrap();
+        // Twins a and b: half of their sum twice over, and half of their difference.
+        let [a, b] = [0, 1].map(|first| {
+            let rows: Vec<u32> = (first..4).step_by(2).collect();
+            other.group(1).grad.index_select(&Tensor::new(&rows[..], CPU).unwrap(), 0).unwrap()
+        });
+        let square = |x: Tensor| values(&x.sqr().unwrap()).iter().sum::<f64>();
+        let expected = square((&a - &b).unwrap()) / square((&a + &b).unwrap());
+        assert!(ratio > 0.01 && (ratio - expected).abs() < 1e-12 * (1.0 + expected), "{ratio} {expected}");
+    });
+}
+
+#[test]
+fn noise_parts_the_matrices_of_twins_and_keeps_their_mean() {
+    for transfer in [TransferKind::Copy, TransferKind::Average] {
+        let [mut parted, mut copied] =
+            ["noise = 0.25", ""].map(|levels| hierarchy(&config(transfer, levels), DType::F64));
+        for h in [&mut parted, &mut copied] {
+            h.descend(1, None).unwrap();
+            h.ascend(0).unwrap();
+        }
+        let halves = |h: &Hierarchy| {
+            let twins = h.group(0).theta.reshape((4, 2, ())).unwrap();
+            [0, 1].map(|j| twins.narrow(1, j, 1).unwrap().squeeze(1).unwrap().contiguous().unwrap())
+        };
+        let ([a, b], [copy, _]) = (halves(&parted), halves(&copied));
+        assert!(distance(&((&a + &b).unwrap() / 2.0).unwrap(), &copy) < 1e-7);
+        let rms = |x: Tensor| x.sqr().unwrap().mean_all().unwrap().to_scalar::<f64>().unwrap().sqrt();
+        for segment in &parted.group(0).layout.segments {
+            let part = |x: &Tensor| x.narrow(1, segment.offset, segment.len()).unwrap().contiguous().unwrap();
+            let apart = rms((part(&a) - part(&copy)).unwrap());
+            match segment.matrices {
+                0 => assert_eq!(apart, 0.0, "{}", segment.name),
+                // (ξ_0 - ξ_1) / 2 has the deviation 1/√2.
+                _ => assert!((apart / rms(part(&copy)) / 0.25 - 0.5f64.sqrt()).abs() < 0.1, "{}", segment.name),
+            }
+        }
     }
 }
 
@@ -117,10 +170,10 @@ fn cosets_are_strided_views() {
 fn only_adjacent_switches_are_possible() {
     let mut h = hierarchy(&config(TransferKind::Copy, ""), DType::F32);
     assert!(h.ascend(0).is_err());
-    assert!(h.descend(2, &mut no_gradient).is_err());
-    h.descend(1, &mut no_gradient).unwrap();
-    h.descend(2, &mut no_gradient).unwrap();
-    assert!(h.descend(3, &mut no_gradient).is_err() && h.ascend(0).is_err());
+    assert!(h.descend(2, None).is_err());
+    h.descend(1, None).unwrap();
+    h.descend(2, None).unwrap();
+    assert!(h.descend(3, None).is_err() && h.ascend(0).is_err());
     h.ascend(1).unwrap();
     assert_eq!(h.level(), 1);
 }
@@ -129,7 +182,7 @@ fn only_adjacent_switches_are_possible() {
 fn update_forms_are_their_formulas() {
     each(|config| {
         let mut h = hierarchy(config, DType::F64);
-        h.descend(1, &mut no_gradient).unwrap();
+        h.descend(1, None).unwrap();
         let theta_h = h.group(0).theta.copy().unwrap();
         let operator = transfer(config.levels.transfer);
         if operator.shares_rows() {
@@ -161,7 +214,7 @@ fn an_untrained_correction_changes_nothing() {
         let mut h = hierarchy(&config(kind, "update = 'correct'"), DType::F32);
         let before = h.group(0).theta.copy().unwrap();
         for to in [1, 2] {
-            h.descend(to, &mut no_gradient).unwrap();
+            h.descend(to, None).unwrap();
         }
         for to in [1, 0] {
             h.ascend(to).unwrap();
@@ -177,7 +230,7 @@ fn the_fine_net_of_a_coarse_phase_is_the_one_after_the_ascents() {
         let mut h = hierarchy(config, DType::F32);
         for to in [1, 2] {
             disturb(&h.group(to - 1).theta);
-            h.descend(to, &mut no_gradient).unwrap();
+            h.descend(to, None).unwrap();
         }
         disturb(&h.group(2).theta);
         let left = h.group(0).theta.copy().unwrap();
@@ -213,7 +266,7 @@ fn moments_move_by_rule() {
                 set(moment, value);
             }
             (0..7).for_each(|_| h.count_update(0, [0]));
-            h.descend(1, &mut no_gradient).unwrap();
+            h.descend(1, None).unwrap();
             assert_moments(&h, 1, coarse);
             assert_eq!(h.updates(1, 0), [updates.0; 4]);
             let ends = if rule == StateRule::Reset { 0.0 } else { 1.0 };
@@ -232,7 +285,7 @@ fn shared_moments_are_in_the_unit_of_the_current_level() {
     h.groups[0].moments.iter().for_each(disturb);
     let before: Vec<Tensor> = h.groups[0].moments.iter().map(|m| m.copy().unwrap()).collect();
     for to in [1, 2] {
-        h.descend(to, &mut no_gradient).unwrap();
+        h.descend(to, None).unwrap();
     }
     for (i, factor) in [4.0, 16.0].into_iter().enumerate() {
         assert_eq!(distance(&h.group(2).moments[i], &(&before[i] * factor).unwrap()), 0.0);
@@ -251,7 +304,7 @@ fn gradients_scale_with_the_step_size() {
     let config = config(TransferKind::Copy, "");
     let mut h = hierarchy(&config, DType::F64);
     let mut gradient = gradient_of(&config, DType::F64);
-    h.descend(1, &mut no_gradient).unwrap();
+    h.descend(1, None).unwrap();
     gradient(&h, 1).unwrap();
     let coarse = h.group(1).grad.copy().unwrap();
     h.ascend(0).unwrap();
@@ -276,7 +329,7 @@ fn the_corrected_coarse_gradient_is_the_restricted_fine_one() {
         // On level 2 the finer objective carries a term itself.
         for to in [1, 2] {
             let (fine, ends) = corrected(&h, to - 1);
-            h.descend(to, &mut gradient_of(&config, DType::F64)).unwrap();
+            h.descend(to, Some(&mut gradient_of(&config, DType::F64))).unwrap();
             let p = transfer(kind).prolongation(config.rows(to), 2);
             let (coarse, coarse_ends) = corrected(&h, to);
             let error = distance(&coarse, &p.transpose().apply(&fine).unwrap()).max(distance(&coarse_ends, &ends));
@@ -300,7 +353,7 @@ fn a_restored_hierarchy_goes_on_bit_for_bit() {
         for to in [1, 2] {
             h.groups.iter().flat_map(|g| g.moments.iter().chain([&g.theta])).for_each(disturb);
             h.count_update(to - 1, [0]);
-            h.descend(to, &mut gradient).unwrap();
+            h.descend(to, Some(&mut gradient)).unwrap();
         }
         let snapshot = serde_json::to_string(&h.snapshot()).unwrap();
         let (ends, trajectory) = initialize(&spec, 2, DType::F32, CPU).unwrap();

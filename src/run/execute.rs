@@ -295,7 +295,10 @@ impl Executor {
         }
         let team = self.teams.own(comm, &now.round.groups);
         match *op {
-            Op::Descend { to } => self.learner.descend(team, side, to, sequence(now, side, 0)),
+            Op::Descend { to } => {
+                let coherence = now.config.is_coherent(now.progress.step).then(|| sequence(now, side, 0));
+                self.learner.descend(team, side, to, coherence)
+            }
             Op::Ascend { to } => self.learner.ascend(side, to),
             Op::Smooth { .. } | Op::Beside { .. } => unreachable!("localised as smooths"),
         }

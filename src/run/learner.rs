@@ -7,7 +7,7 @@ use crate::config::{Config, Parametrization};
 use crate::cycle::Side;
 use crate::data::{Dataset, Sampler, Split, share};
 use crate::error::Result;
-use crate::levels::Hierarchy;
+use crate::levels::{Gradient, Hierarchy};
 use crate::model::{Spec, initialize};
 use crate::optim::{self, Hyper, Optimizer};
 use candle_core::{DType, Device, Tensor};
@@ -160,18 +160,38 @@ impl Learner {
         hierarchy.pull(level)
     }
 
-    /// Restricts to level `to`; a coherence term is measured on the sequences from `first` on. Collective.
-    pub fn descend(&mut self, comm: &mut dyn Communicator, side: Side, to: usize, first: u64) -> Result<()> {
+    /// Restricts to level `to`; a coherence term, if there is to be one, is measured on the sequences from `coherence` on. Collective.
+    pub fn descend(
+        &mut self,
+        comm: &mut dyn Communicator,
+        side: Side,
+        to: usize,
+        coherence: Option<u64>,
+    ) -> Result<()> {
         let Learner { hierarchy, differentiator, coherence_sequences, .. } = self;
-        let mut gradient = |hierarchy: &Hierarchy, level| {
-            let target = Target { level, coset: 0 };
-            let (sequences, receivers) = (*coherence_sequences, Receivers::All);
-            differentiator.gradient(comm, hierarchy, target, first, sequences, Ends::Sum, receivers).map(drop)
-        };
+        let mut gradient = coherence.map(|first| {
+            move |hierarchy: &Hierarchy, level| {
+                let target = Target { level, coset: 0 };
+                let (sequences, receivers) = (*coherence_sequences, Receivers::All);
+                differentiator.gradient(comm, hierarchy, target, first, sequences, Ends::Sum, receivers).map(drop)
+            }
+        });
+        let coherence = gradient.as_mut().map(|gradient| gradient as &mut Gradient);
         match side {
-            Side::Main => hierarchy.descend(to, &mut gradient),
-            Side::Coarse => hierarchy.descend_beside(to, &mut gradient),
+            Side::Main => hierarchy.descend(to, coherence),
+            Side::Coarse => hierarchy.descend_beside(to, coherence),
         }
+    }
+
+    /// The unresolved ratio ρ of the current coarse level, on the next finer level's global batch from sequence `first` on.
+    /// Collective.
+    pub fn unresolved(&mut self, comm: &mut dyn Communicator, first: u64) -> Result<f64> {
+        let Learner { hierarchy, differentiator, batches, .. } = self;
+        let mut gradient = |hierarchy: &Hierarchy, level: usize| {
+            let (target, receivers) = (Target { level, coset: 0 }, Receivers::All);
+            differentiator.gradient(comm, hierarchy, target, first, batches[level], Ends::Sum, receivers).map(drop)
+        };
+        hierarchy.unresolved(&mut gradient)
     }
 
     /// Prolongs to level `to`.
@@ -293,7 +313,7 @@ mod tests {
             let target = Target { level, coset: 0 };
             learner.step(comm, target, 4 * step, 1e-2).unwrap().loss
         };
-        learner.descend(&mut comm, Side::Main, 1, 0).unwrap();
+        learner.descend(&mut comm, Side::Main, 1, None).unwrap();
         let mut losses: Vec<f64> = (0..3).map(|n| step(&mut learner, &mut comm, 1, n)).collect();
         losses.push(learner.evaluate(&mut comm).unwrap());
         learner.ascend(Side::Main, 0).unwrap();

@@ -30,33 +30,12 @@ pub struct Progress {
     pub descents: u64,
     /// Steps since the last level switch, if there was one.
     pub since_switch: Option<u64>,
-    /// The loss since the current level was entered.
-    pub stay: Stay,
-}
-
-/// The training loss of a stay on one level, in windows of equal length.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Stay {
-    /// Mean loss of each complete window, oldest first.
-    pub losses: Vec<f64>,
-    /// Sum of losses, and steps, of the window being filled.
-    sum: f64,
-    steps: u64,
-}
-
-impl Stay {
-    /// Adds `steps` steps of mean loss `loss`; true if they completed a window of `length` steps.
-    pub fn add(&mut self, loss: f64, steps: u64, length: u64) -> bool {
-        self.sum += loss * steps as f64;
-        self.steps += steps;
-        let complete = self.steps >= length;
-        if complete {
-            self.losses.push(self.sum / self.steps as f64);
-            (self.sum, self.steps) = (0.0, 0);
-        }
-        complete
-    }
+    /// Unresolved ratios of the current level, since it was entered, oldest first.
+    #[serde(default)]
+    pub unresolved: Vec<f64>,
+    /// Levels on which the gradients for them were taken, since the start of the run.
+    #[serde(default)]
+    pub measured: Vec<usize>,
 }
 
 impl Progress {
@@ -70,7 +49,8 @@ impl Progress {
             elapsed_s: 0.0,
             descents: 0,
             since_switch: None,
-            stay: Stay::default(),
+            unresolved: Vec::new(),
+            measured: Vec::new(),
         }
     }
 
@@ -84,11 +64,12 @@ impl Progress {
         self.descents.saturating_sub(1)
     }
 
-    /// FLOPs of all steps done.
+    /// FLOPs of all steps done, and of measurements.
     pub fn flops(&self, config: &Config, spec: &Spec) -> Flops {
         let whole = self.plan.iter().take(self.position.op).map(|op| cycle::flops(config, spec, op));
         let current = self.op().map_or(Vec::new(), |op| cycle::done(op, self.position.step_in_op));
-        whole.chain(current.iter().map(|op| cycle::flops(config, spec, op))).sum()
+        let measured = self.measured.iter().map(|&level| cycle::level_flops(config, spec, level));
+        whole.chain(current.iter().map(|op| cycle::flops(config, spec, op))).chain(measured).sum()
     }
 
     /// A round of the op at the position is done; it has read `sequences` on the level that the run is on, and beside it.
@@ -106,15 +87,13 @@ impl Progress {
     pub fn count_switch(&mut self, op: &Op) {
         self.descents += u64::from(*op == Op::Descend { to: 1 });
         self.since_switch = Some(0);
-        self.stay = Stay::default();
+        self.unresolved.clear();
         self.position.advance(&self.plan, 1);
     }
 
-    /// Leaves the smooth that the last step was part of, if it has steps left.
-    pub fn leave(&mut self) {
-        if self.position.step_in_op > 0 {
-            cycle::shorten(&mut self.plan, &mut self.position);
-        }
+    /// Leaves the smooth that the last step was part of, which has steps left.
+    pub fn leave(&mut self, config: &Config) {
+        cycle::shorten(&mut self.plan, &mut self.position, config.levels.factor);
     }
 
     pub fn check(&self, config: &Config) -> Result<()> {
@@ -147,13 +126,5 @@ mod tests {
         (0..4000).for_each(|step| counts[draw(step)] += 1);
         assert!(counts.iter().all(|&n| (900..1100).contains(&n)), "{counts:?}");
         assert_eq!((0..50).map(draw).collect::<Vec<_>>(), (0..50).map(draw).collect::<Vec<_>>());
-    }
-
-    #[test]
-    fn a_stay_has_the_mean_of_each_window() {
-        let mut stay = Stay::default();
-        let losses = [4.0, 3.0, 3.0, 2.0, 9.0];
-        let completed: Vec<bool> = losses.iter().map(|&loss| stay.add(loss, 1, 2)).collect();
-        assert_eq!((completed, stay.losses), (vec![false, true, false, true, false], vec![3.5, 2.5]));
     }
 }

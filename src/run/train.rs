@@ -221,7 +221,7 @@ impl Trainer {
         self.flops += ops.map(|op| cycle::flops(&self.config, spec, op)).sum();
         self.log_groups(&report);
         self.record(comm, before, work, &report)?;
-        self.leave_if_spent(work.main.level, report.main.loss, round.main.steps());
+        self.leave_if_spent(comm, work.main.level)?;
         let [stop, save] = report.wishes;
         if save > 0.0 || stop > 0.0 {
             self.save(comm)?;
@@ -339,13 +339,29 @@ impl Trainer {
         }
     }
 
-    /// A measuring cycle may leave a coarse level before its steps are done.
-    fn leave_if_spent(&mut self, level: usize, loss: f64, steps: u64) {
-        let completed = self.progress.stay.add(loss, steps, self.config.cycle.window);
-        let cycle = cycle::cycle(self.config.cycle.kind);
-        if completed && level > 0 && cycle.leave(&self.config, &self.progress.stay.losses) {
-            self.progress.leave();
+    /// A measuring cycle may leave a coarse level before its steps are done. Collective.
+    fn leave_if_spent(&mut self, comm: &mut dyn Communicator, level: usize) -> Result<()> {
+        let Trainer { config, executor, progress, .. } = self;
+        let (cycle, done) = (cycle::cycle(config.cycle.kind), progress.position.step_in_op);
+        // 0: its steps are done anyway.
+        if !cycle.measures() || level == 0 || done == 0 || !done.is_multiple_of(config.cycle.window) {
+            return Ok(());
         }
+        let (step, finer) = (progress.step, level - 1);
+        let ratio = executor.learner.unresolved(comm, progress.sequences)?;
+        tracing::info!(
+            "step {step}: gradient of level {finer} that level {level} does not resolve, over what it does: {ratio:.2}"
+        );
+        progress.unresolved.push(ratio);
+        progress.measured.push(finer);
+        self.flops += cycle::level_flops(config, executor.learner.spec(), finer);
+        if cycle.leave(config, &progress.unresolved) {
+            tracing::info!(
+                "step {step}: level {level} is left after {done} steps: level {finer} gives more for its work"
+            );
+            progress.leave(config);
+        }
+        Ok(())
     }
 
     /// Writes a checkpoint of the step just done, unless there is one. Collective.

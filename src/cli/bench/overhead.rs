@@ -76,7 +76,8 @@ fn visit(subject: &mut Subject, log: &mut Log, seconds: &mut Seconds) -> Result<
     seconds.metrics.push(timed(|| log.append(&metrics))?);
     seconds.evaluation.push(timed(|| subject.learner.evaluate(&mut subject.comm).map(drop))?);
     let first = subject.steps * subject.config.data.batch as u64;
-    seconds.descent.push(timed(|| subject.learner.descend(&mut subject.comm, Side::Main, COARSE.level, first))?);
+    let coherence = subject.config.levels.coherence.then_some(first);
+    seconds.descent.push(timed(|| subject.learner.descend(&mut subject.comm, Side::Main, COARSE.level, coherence))?);
     seconds.coarse_step.push(subject.step(COARSE)?);
     seconds.ascent.push(timed(|| subject.learner.ascend(Side::Main, FINE.level))?);
     Ok(())
