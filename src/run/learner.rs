@@ -169,13 +169,8 @@ impl Learner {
         coherence: Option<u64>,
     ) -> Result<()> {
         let Learner { hierarchy, differentiator, coherence_sequences, .. } = self;
-        let mut gradient = coherence.map(|first| {
-            move |hierarchy: &Hierarchy, level| {
-                let target = Target { level, coset: 0 };
-                let (sequences, receivers) = (*coherence_sequences, Receivers::All);
-                differentiator.gradient(comm, hierarchy, target, first, sequences, Ends::Sum, receivers).map(drop)
-            }
-        });
+        let sequences = *coherence_sequences;
+        let mut gradient = coherence.map(|first| on_all_ranks(differentiator, comm, first, move |_| sequences));
         let coherence = gradient.as_mut().map(|gradient| gradient as &mut Gradient);
         match side {
             Side::Main => hierarchy.descend(to, coherence),
@@ -187,11 +182,7 @@ impl Learner {
     /// Collective.
     pub fn unresolved(&mut self, comm: &mut dyn Communicator, first: u64) -> Result<f64> {
         let Learner { hierarchy, differentiator, batches, .. } = self;
-        let mut gradient = |hierarchy: &Hierarchy, level: usize| {
-            let (target, receivers) = (Target { level, coset: 0 }, Receivers::All);
-            differentiator.gradient(comm, hierarchy, target, first, batches[level], Ends::Sum, receivers).map(drop)
-        };
-        hierarchy.unresolved(&mut gradient)
+        hierarchy.unresolved(&mut on_all_ranks(differentiator, comm, first, |level| batches[level]))
     }
 
     /// Prolongs to level `to`.
@@ -264,6 +255,19 @@ impl Learner {
     /// Tokens that an evaluation predicts.
     pub fn validation_tokens(&self) -> u64 {
         (self.validation.sequences * self.spec.context) as u64
+    }
+}
+
+/// What leaves the gradient of a level's first net, on `sequences(level)` sequences from `first` on, in the tensors of every rank.
+fn on_all_ranks<'a>(
+    differentiator: &'a mut Differentiator,
+    comm: &'a mut dyn Communicator,
+    first: u64,
+    sequences: impl Fn(usize) -> usize + 'a,
+) -> impl FnMut(&Hierarchy, usize) -> Result<()> + 'a {
+    move |hierarchy, level| {
+        let (target, sequences) = (Target { level, coset: 0 }, sequences(level));
+        differentiator.gradient(comm, hierarchy, target, first, sequences, Ends::Sum, Receivers::All).map(drop)
     }
 }
 
