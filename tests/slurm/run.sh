@@ -19,7 +19,8 @@ cleanup() {
 }
 fail() {
     echo "FAILED: $*" >&2
-    tail -n 30 "$dir"/job.out "$dir"/scaling/output/* >&2 || true
+    tail -n 30 "$dir"/job.out "$dir"/scaling/output/* "$slurm/slurmctld.log" >&2 || true
+    { scontrol show job && sinfo --long; } >&2 || true
     exit 1
 }
 # wait_for SECONDS WHAT COMMAND...
