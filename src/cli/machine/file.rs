@@ -87,6 +87,11 @@ impl Machine {
     pub fn shape(&self, ranks: usize) -> (usize, usize) {
         (ranks.div_ceil(self.ranks_per_node), ranks.min(self.ranks_per_node))
     }
+
+    /// The slowest link between two of `ranks`.
+    pub fn link(&self, ranks: usize) -> &Link {
+        if self.shape(ranks).0 > 1 { &self.between } else { &self.within }
+    }
 }
 
 /// Every key of `known` and no other is in `table`, whose keys have `prefix` before them in messages.

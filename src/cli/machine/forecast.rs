@@ -8,8 +8,8 @@
 //! ```
 //!
 //! A row is ready when its block is differentiated: a third of a micro-batch's time is forward, then come the head and
-//! the blocks from the last to the first. Messages go one after another; a sum that starts while ranks compute moves at
-//! `overlap` of its speed until t_c. The update reads the gradient for its norm and zeroes it (2), reads θ, g and the
+//! the blocks from the last to the first. Messages go one after another, though one's latencies may pass while the next is sent
+//! (`sum.rs`); a sum that starts while ranks compute moves at `overlap` of its speed until t_c. The update reads the gradient for its norm and zeroes it (2), reads θ, g and the
 //! moments and writes θ and the moments (3 + 2m).
 //!
 //! With `parallel.zero = 1` a rank does 1/K of the update, but zeroes the whole gradient. A sum is half of one, its scattered half;
@@ -17,8 +17,8 @@
 //!
 //! Ops that groups of ranks do at the same time are in `stage.rs`.
 
-use super::Machine;
 use super::stage::StageForecast;
+use super::{Duration, Machine};
 use crate::comm::Buckets;
 use crate::config::Config;
 use crate::cycle::{self, Op, Places};
@@ -156,10 +156,10 @@ impl Model<'_> {
     pub fn step(&self, level: usize, ranks: usize, ends: bool) -> Step {
         let compute_s = self.compute_seconds(level, ranks);
         let messages = self.messages(level, ranks, ends);
-        let seconds = |values: usize| self.sum(values, ranks);
+        let duration = |values: usize| self.machine.sum.duration(self.machine, 4.0 * values as f64, ranks);
         let scattered = if self.is_sharded(ranks) { 0.5 } else { 1.0 };
-        let sums_s: f64 = messages.iter().map(|message| seconds(message.values)).sum();
-        let end = last_end(&messages, compute_s, self.machine.overlap, |values| scattered * seconds(values));
+        let sums_s = last_end(&messages, 0.0, self.machine.overlap, duration);
+        let end = last_end(&messages, compute_s, self.machine.overlap, |values| scattered * duration(values));
         let gather_s = (1.0 - scattered) * sums_s;
         let exposed_s = if ranks > 1 { (end - compute_s).max(0.0) + gather_s } else { 0.0 };
         Step { compute_s, update_s: self.update_seconds(self.config.rows(level), ranks), sums_s, exposed_s }
@@ -167,7 +167,7 @@ impl Model<'_> {
 
     /// A sum of `values` f32 over `ranks` ranks.
     pub fn sum(&self, values: usize, ranks: usize) -> f64 {
-        self.machine.sum.seconds(self.machine, 4.0 * values as f64, ranks)
+        self.machine.sum.duration(self.machine, 4.0 * values as f64, ranks).seconds()
     }
 
     /// The loss with two wishes, in f64: all ranks wait for it.
@@ -225,13 +225,20 @@ impl Model<'_> {
     }
 }
 
-/// When the last of `messages`, which take `seconds` alone, has been summed, if ranks compute until `computed`.
-fn last_end(messages: &[Message], computed: f64, overlap: f64, seconds: impl Fn(usize) -> f64) -> f64 {
-    messages.iter().fold(0.0, |free: f64, message| {
-        let (start, work) = (message.ready.max(free), seconds(message.values));
-        let hidden = ((computed - start).max(0.0) * overlap).min(work);
-        if hidden < work { start.max(computed) + work - hidden } else { start + work / overlap }
-    })
+/// When the last of `messages` has been summed, if ranks compute until `computed`; all are ready by then.
+fn last_end(messages: &[Message], computed: f64, overlap: f64, duration: impl Fn(usize) -> Duration) -> f64 {
+    let (mut free, mut end) = (0.0f64, 0.0f64);
+    for message in messages {
+        let (start, Duration { busy_s, tail_s }) = (message.ready.min(computed).max(free), duration(message.values));
+        let can_hide = (computed - start).max(0.0) * overlap;
+        free = if 0.0 < can_hide && busy_s <= can_hide {
+            start + busy_s / overlap
+        } else {
+            start.max(computed) + busy_s - can_hide
+        };
+        end = end.max(free + tail_s);
+    }
+    end
 }
 
 #[cfg(test)]
@@ -263,16 +270,18 @@ mod tests {
 
     #[test]
     fn a_sum_moves_slower_while_ranks_compute() {
-        let end = |ready: &[f64], overlap| {
+        let end_with = |tail_s, ready: &[f64], overlap| {
             let messages: Vec<Message> = ready.iter().map(|&ready| Message { ready, values: 1 }).collect();
-            last_end(&messages, 10.0, overlap, |_| 2.0)
+            last_end(&messages, 10.0, overlap, |_| Duration { busy_s: 2.0, tail_s })
         };
+        let end = |ready: &[f64], overlap| end_with(0.0, ready, overlap);
         assert_eq!(end(&[4.0], 1.0), 6.0);
         assert_eq!(end(&[4.0], 0.5), 8.0);
         assert_eq!(end(&[4.0], 0.0), 12.0);
         assert_eq!(end(&[4.0, 5.0], 0.5), 11.0);
         assert_eq!(end(&[9.0, 10.0], 1.0), 13.0);
         assert_eq!(end(&[], 1.0), 0.0);
+        assert_eq!(end_with(3.0, &[9.0, 10.0], 1.0), 16.0);
     }
 
     proptest! {

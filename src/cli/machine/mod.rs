@@ -11,7 +11,7 @@ mod sum;
 pub use file::{Link, Machine};
 pub use forecast::{Forecast, LevelForecast};
 pub use stage::StageForecast;
-pub use sum::{Cost, Sum};
+pub use sum::{Cost, Duration, Sum};
 
 #[cfg(test)]
 pub use file::tests::machine as test_machine;

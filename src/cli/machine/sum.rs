@@ -1,6 +1,6 @@
 //! How long ranks take to sum a buffer: the α-β model of an all-reduce.
 //!
-//! A message of n bytes takes α + n/β: latency and bandwidth of a [`super::Link`].
+//! A message of n bytes takes α + n/β: latency and bandwidth of a [`super::Link`]. Large ones are announced first.
 
 use super::Machine;
 use serde::{Deserialize, Serialize};
@@ -25,6 +25,8 @@ pub struct Cost {
 
 /// Under this size Open MPI sends the whole buffer up and down a tree.
 const OPEN_MPI_SMALL: f64 = 65_536.0;
+/// From this size on Open MPI asks the receiver over TCP before it sends (`btl_tcp_eager_limit`): a message takes 3 α + n/β.
+const OPEN_MPI_EAGER: f64 = 65_536.0;
 
 impl Cost {
     /// Seconds on a link of this latency and bandwidth.
@@ -32,17 +34,22 @@ impl Cost {
         self.latencies * link.latency + self.bytes / link.bandwidth
     }
 
-    /// Open MPI's sum of `n` bytes over K ranks. With under 4 ranks or 64 KiB, a binomial tree up and down:
+    /// Open MPI's sum of `n` bytes over K ranks, with h(m) = 3 latencies for a message of m ≥ 64 KiB, else 1. With under 4
+    /// ranks or 64 KiB, a binomial tree up and down, whose root has ⌈log₂ K⌉ children and whose depth is ⌊log₂ K⌋:
     ///
     /// ```text
-    /// 2 ⌈log₂ K⌉ (α + n/β)
+    /// 2 ⌊log₂ K⌋ h(n) α + 2 ⌈log₂ K⌉ n/β
     /// ```
     ///
-    /// else halving and doubling (Rabenseifner): 2 ⌈log₂ K⌉ α + 2 (K−1)/K n/β.
+    /// else halving and doubling (Rabenseifner), in rounds of n/2, n/4, ...: 2 Σ_i h(n/2ⁱ) α + 2 (K−1)/K n/β.
     pub fn open_mpi(n: f64, ranks: usize) -> Cost {
-        let (k, rounds) = (ranks as f64, 2.0 * log2_up(ranks));
-        let tree = ranks < 4 || n < OPEN_MPI_SMALL;
-        Cost { latencies: rounds, bytes: if tree { rounds * n } else { 2.0 * (k - 1.0) / k * n } }
+        let (k, depth) = (ranks as f64, ranks.ilog2() as i32);
+        let asked = |bytes: f64| if bytes < OPEN_MPI_EAGER { 1.0 } else { 3.0 };
+        if ranks < 4 || n < OPEN_MPI_SMALL {
+            return Cost { latencies: 2.0 * f64::from(depth) * asked(n), bytes: 2.0 * log2_up(ranks) * n };
+        }
+        let latencies: f64 = (1..=depth).map(|round| asked(n / 2f64.powi(round))).sum();
+        Cost { latencies: 2.0 * latencies, bytes: 2.0 * (k - 1.0) / k * n }
     }
 
     /// A ring of K ranks: 2 (K−1) (α + n/(Kβ)).
@@ -58,18 +65,45 @@ impl Cost {
     }
 }
 
+/// How long a sum takes, when several follow each other.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Duration {
+    /// Seconds in which no other sum moves.
+    pub busy_s: f64,
+    /// Seconds from then until the sum is there.
+    pub tail_s: f64,
+}
+
+impl Duration {
+    /// Of a sum alone.
+    pub fn seconds(self) -> f64 {
+        self.busy_s + self.tail_s
+    }
+}
+
+impl std::ops::Mul<Duration> for f64 {
+    type Output = Duration;
+
+    fn mul(self, Duration { busy_s, tail_s }: Duration) -> Duration {
+        Duration { busy_s: self * busy_s, tail_s: self * tail_s }
+    }
+}
+
 impl Sum {
-    /// Seconds to sum `n` bytes over `ranks` ranks of `machine`, filled node by node.
-    pub fn seconds(self, machine: &Machine, n: f64, ranks: usize) -> f64 {
+    /// How long it takes to sum `n` bytes over `ranks` ranks of `machine`, filled node by node. Open MPI's sums share the link, so
+    /// that one's latencies pass while another sends; NCCL's are done one after another.
+    pub fn duration(self, machine: &Machine, n: f64, ranks: usize) -> Duration {
         let (nodes, per_node) = machine.shape(ranks);
         match self {
             Sum::OpenMpi => {
-                Cost::open_mpi(n, ranks).seconds(if nodes > 1 { &machine.between } else { &machine.within })
+                let (link, Cost { latencies, bytes }) = (machine.link(ranks), Cost::open_mpi(n, ranks));
+                Duration { busy_s: bytes / link.bandwidth, tail_s: latencies * link.latency }
             }
             Sum::Nccl => {
                 let share = n / per_node as f64;
                 let [ring, tree] = [Cost::ring, Cost::double_tree].map(|of| of(share, nodes).seconds(&machine.between));
-                Cost::ring(n, per_node).seconds(&machine.within) + ring.min(tree)
+                let busy_s = Cost::ring(n, per_node).seconds(&machine.within) + ring.min(tree);
+                Duration { busy_s, tail_s: 0.0 }
             }
         }
     }
@@ -79,7 +113,6 @@ impl Sum {
     /// Seconds to send `n` bytes from one rank to all: Open MPI's sends them from there to each of up to 4 ranks, and along a
     /// chain in pieces of 64 KiB to more; NCCL's along a ring in small pieces.
     pub fn broadcast_seconds(self, machine: &Machine, n: f64, ranks: usize) -> f64 {
-        let link = if machine.shape(ranks).0 > 1 { &machine.between } else { &machine.within };
         let others = ranks as f64 - 1.0;
         let cost = match self {
             _ if ranks == 1 => Cost { latencies: 0.0, bytes: 0.0 },
@@ -87,7 +120,7 @@ impl Sum {
             Sum::OpenMpi => Cost { latencies: others, bytes: n + (others - 1.0) * OPEN_MPI_SMALL.min(n) },
             Sum::Nccl => Cost { latencies: others, bytes: n },
         };
-        cost.seconds(link)
+        cost.seconds(machine.link(ranks))
     }
 }
 
@@ -104,7 +137,7 @@ mod tests {
     #[test]
     fn one_rank_sums_nothing() {
         for sum in [Sum::OpenMpi, Sum::Nccl] {
-            assert_eq!(sum.seconds(&machine(), 1e9, 1), 0.0);
+            assert_eq!(sum.duration(&machine(), 1e9, 1).seconds(), 0.0);
         }
     }
 
@@ -119,18 +152,25 @@ mod tests {
     /// α = 1 µs and β = 1 GB/s in a node of 4, 10 µs and 100 MB/s between nodes; 1 MB.
     #[test]
     fn times_are_those_of_the_formulas() {
-        let seconds = |sum: Sum, ranks| sum.seconds(&machine(), 1e6, ranks) * 1e6;
-        let near = |a: f64, b: f64| assert!((a / b - 1.0).abs() < 1e-12, "{a} against {b}");
-        near(seconds(Sum::OpenMpi, 2), 2.0 * 1001.0);
-        near(seconds(Sum::OpenMpi, 3), 4.0 * 1001.0);
-        near(seconds(Sum::OpenMpi, 4), 4.0 + 1500.0);
-        near(seconds(Sum::OpenMpi, 8), 6.0 * 10.0 + 1.75 * 10_000.0);
-        near(seconds(Sum::Nccl, 4), 6.0 + 1500.0);
+        let duration = |sum: Sum, n, ranks| {
+            let Duration { busy_s, tail_s } = sum.duration(&machine(), n, ranks);
+            [busy_s * 1e6, tail_s * 1e6]
+        };
+        let near = |[a, b]: [f64; 2], [c, d]: [f64; 2]| {
+            assert!((a - c).abs() < 1e-9 * c && (b - d).abs() <= 1e-9 * d, "{a}, {b} against {c}, {d}")
+        };
+        near(duration(Sum::OpenMpi, 1e6, 2), [2000.0, 6.0]);
+        near(duration(Sum::OpenMpi, 1e6, 3), [4000.0, 6.0]);
+        near(duration(Sum::OpenMpi, 1e6, 4), [1500.0, 12.0]);
+        near(duration(Sum::OpenMpi, 1e6, 8), [17_500.0, 180.0]);
+        // Rounds of 50 and 25 kB; then the whole up and down a tree.
+        near(duration(Sum::OpenMpi, 1e5, 4), [150.0, 4.0]);
+        near(duration(Sum::OpenMpi, 1e3, 4), [4.0, 4.0]);
+        near(duration(Sum::Nccl, 1e6, 4), [1506.0, 0.0]);
         // Two nodes: the ring of two moves half of what the tree does.
-        near(seconds(Sum::Nccl, 8), 6.0 + 1500.0 + 2.0 * 10.0 + 2500.0);
+        near(duration(Sum::Nccl, 1e6, 8), [6.0 + 1500.0 + 2.0 * 10.0 + 2500.0, 0.0]);
         // Many nodes and little to sum: the tree.
-        let small = Sum::Nccl.seconds(&machine(), 4.0, 4 * 256) * 1e6;
-        near(small, 6.0 + 6e-3 + 2.0 * 8.0 * 10.0 + 2e-2);
+        near(duration(Sum::Nccl, 4.0, 4 * 256), [6.0 + 6e-3 + 2.0 * 8.0 * 10.0 + 2e-2, 0.0]);
         assert_eq!(Cost::open_mpi(65_535.0, 8).bytes, 6.0 * 65_535.0);
     }
 }
