@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Submits to a Slurm of this machine: slurm/train.sbatch, whose run is stopped, requeued and continued; and a scaling study,
-# from its configs to its report:
+# Submits to a Slurm of this machine: slurm/train.sbatch, whose run is stopped, requeued and continued, once by a signal and once by
+# the death of its node; and a scaling study, from its configs to its report:
 #
 #     tests/slurm/run.sh VCYCLE
 #
@@ -36,7 +36,21 @@ wait_for() {
 state() { scontrol show job --oneliner "$job" | sed 's/.*JobState=\([A-Z]*\).*/\1/'; }
 is() { [ "$(state)" = "$1" ]; }
 requeued() { is PENDING && scontrol show job --oneliner "$job" | grep -q 'Restarts=1'; }
-logged() { [ -s "$dir/run/metrics.jsonl" ] && [ "$(wc -l <"$dir/run/metrics.jsonl")" -ge "$1" ]; }
+logged() { [ -s "$run/metrics.jsonl" ] && [ "$(wc -l <"$run/metrics.jsonl")" -ge "$1" ]; }
+submit() {
+    job=$(sbatch --parsable --ntasks-per-node="$ranks" --cpus-per-task=1 --time=10 --output="$dir/job.out" \
+        "$root/slurm/train.sbatch" "$dir/config.toml" "$run" "$@")
+}
+# The job goes on to the last step, every step once and in order.
+continues() {
+    wait_for 100 "requeueing" requeued
+    # Slurm would wait for two minutes. A node refuses the job ("credential revoked") in the second in which it ended there.
+    sleep 3
+    scontrol update JobId="$job" StartTime=now
+    wait_for 200 "the end of the run" is COMPLETED
+    sed 's/.*"step":\([0-9]*\).*/\1/' "$run/metrics.jsonl" | sort -c -n -u || fail "steps are repeated or out of order"
+    [ "$(wc -l <"$run/metrics.jsonl")" -eq "$steps" ] || fail "not every step is there"
+}
 
 trap cleanup EXIT
 chmod 755 "$dir" # munged does not run as root
@@ -56,21 +70,32 @@ CONFIG
 
 export VCYCLE=$vcycle
 ranks=$(($(nproc) < 2 ? 1 : 2))
-job=$(sbatch --parsable --ntasks-per-node="$ranks" --cpus-per-task=1 --time=10 --output="$dir/job.out" \
-    "$root/slurm/train.sbatch" "$dir/config.toml" "$dir/run")
+run=$dir/run
+submit
 wait_for 60 "training" logged 10
 # What Slurm does before the time limit.
 scancel --signal=USR1 --batch "$job"
 wait_for 60 "requeueing after exit 75" requeued
-before=$(tail -n 1 "$dir/run/metrics.jsonl")
-scontrol update JobId="$job" StartTime=now # else Slurm waits for two minutes
-wait_for 200 "the end of the run" is COMPLETED
-
-# Every step once, in order, up to the last.
-sed 's/.*"step":\([0-9]*\).*/\1/' "$dir/run/metrics.jsonl" | sort -c -n -u || fail "steps are repeated or out of order"
-tail -n 1 "$dir/run/metrics.jsonl" | grep -q "\"step\":$steps," || fail "the run did not get to step $steps"
-grep -qF "$before" "$dir/run/metrics.jsonl" || fail "the run started afresh instead of going on"
+before=$(tail -n 1 "$run/metrics.jsonl")
+continues
+grep -qF "$before" "$run/metrics.jsonl" || fail "the run started afresh instead of going on"
 echo "passed: trained on $ranks ranks under srun, stopped by a signal, requeued, continued to step $steps"
+
+# The node dies with all that runs on it, and comes back.
+run=$dir/crash
+submit --set checkpoint.every_steps=50
+wait_for 60 "training" logged 110
+kill -KILL "$(cat "$slurm/slurmd.pid")"
+pkill -KILL -f "slurmstepd: \\[$job\\."
+pkill -KILL -f "$run" || true # what was left of the job
+slurmd
+missed() { requeued || { scontrol reconfigure && sleep 1 && false; }; } # slurmctld asks the node what it runs
+wait_for 100 "requeueing after the loss of the node" missed
+continues
+grep -q "resumed at step" "$dir/job.out" || fail "the run started afresh instead of going on"
+[ "$(sed 's/"elapsed_s".*//' "$run/metrics.jsonl")" = "$(sed 's/"elapsed_s".*//' "$dir/run/metrics.jsonl")" ] ||
+    fail "the run that lost its node has other losses"
+echo "passed: the run that lost its node and its ranks went on from its last checkpoint, bit for bit"
 
 study=$dir/scaling
 "$vcycle" scaling init "$dir/config.toml" --out "$study" --ranks-per-node "$(seq -s, "$ranks")" --repeats 2 --steps 20 \
