@@ -7,5 +7,9 @@ use std::process::ExitCode;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
+    // Huge pages come whole, though tensors fill those at their ends in part only: without them a rank takes the memory that `plan`
+    // predicts. Steps are as fast (docs/PERFORMANCE.md). A system that cannot switch them off has none.
+    #[cfg(target_os = "linux")]
+    let _ = rustix::thread::disable_transparent_huge_pages(true);
     ExitCode::from(vcycle::cli::main())
 }
