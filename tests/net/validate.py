@@ -56,9 +56,9 @@ def step_seconds(placement, metrics):
     """Median seconds of a step: on each level, of `sequential`, or in a stage, where groups work side by side. The first ones on a
     level warm up; the last is evaluated."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    coarse = max(line["step"] for line in lines if line["level"] == 1)
     # A round of `beside` has a line for each side.
     lines = [line for line, next_line in zip(lines, lines[1:]) if line["step"] < next_line["step"] and line["val_loss"] is None]
-    coarse = max(line["step"] for line in lines if line["level"] == 1 or placement == "beside" and line["step"] <= 40)
 
     def name(line):
         return f"level {line['level']}" if placement == "sequential" else "stage" if line["step"] <= coarse else "steps"

@@ -19,7 +19,7 @@ cleanup() {
 }
 fail() {
     echo "FAILED: $*" >&2
-    tail -n 30 "$dir"/job.out "$dir"/scaling/output/* "$slurm/slurmctld.log" >&2 || true
+    tail -n 30 "$dir"/*.out "$dir"/scaling/output/* "$slurm/slurmctld.log" >&2 || true
     { scontrol show job && sinfo --long; } >&2 || true
     exit 1
 }
@@ -38,18 +38,18 @@ is() { [ "$(state)" = "$1" ]; }
 requeued() { is PENDING && scontrol show job --oneliner "$job" | grep -q 'Restarts=1'; }
 logged() { [ -s "$run/metrics.jsonl" ] && [ "$(wc -l <"$run/metrics.jsonl")" -ge "$1" ]; }
 submit() {
-    job=$(sbatch --parsable --ntasks-per-node="$ranks" --cpus-per-task=1 --time=10 --output="$dir/job.out" \
+    job=$(sbatch --parsable --ntasks-per-node="$ranks" --cpus-per-task=1 --time=10 --output="$run.out" \
         "$root/slurm/train.sbatch" "$dir/config.toml" "$run" "$@")
 }
-# The job goes on to the last step, every step once and in order.
+# The requeued job goes on to the last step, every step once and in order.
 continues() {
-    wait_for 100 "requeueing" requeued
     # Slurm would wait for two minutes. A node refuses the job ("credential revoked") in the second in which it ended there.
     sleep 3
     scontrol update JobId="$job" StartTime=now
     wait_for 200 "the end of the run" is COMPLETED
     sed 's/.*"step":\([0-9]*\).*/\1/' "$run/metrics.jsonl" | sort -c -n -u || fail "steps are repeated or out of order"
     [ "$(wc -l <"$run/metrics.jsonl")" -eq "$steps" ] || fail "not every step is there"
+    tail -n 1 "$run/metrics.jsonl" | grep -q "\"step\":$steps," || fail "the run did not get to step $steps"
 }
 
 trap cleanup EXIT
@@ -92,7 +92,7 @@ slurmd
 missed() { requeued || { scontrol reconfigure && sleep 1 && false; }; } # slurmctld asks the node what it runs
 wait_for 100 "requeueing after the loss of the node" missed
 continues
-grep -q "resumed at step" "$dir/job.out" || fail "the run started afresh instead of going on"
+grep -q "resumed at step" "$run.out" || fail "the run started afresh instead of going on"
 [ "$(sed 's/"elapsed_s".*//' "$run/metrics.jsonl")" = "$(sed 's/"elapsed_s".*//' "$dir/run/metrics.jsonl")" ] ||
     fail "the run that lost its node has other losses"
 echo "passed: the run that lost its node and its ranks went on from its last checkpoint, bit for bit"

@@ -9,8 +9,8 @@
 //!
 //! A row is ready when its block is differentiated: a third of a micro-batch's time is forward, then come the head and
 //! the blocks from the last to the first. Messages go one after another, though one's latencies may pass while the next is sent
-//! (`sum.rs`); a sum that starts while ranks compute moves at `overlap` of its speed until t_c. The update reads the gradient for its norm and zeroes it (2), reads θ, g and the
-//! moments and writes θ and the moments (3 + 2m).
+//! (`sum.rs`); a sum that starts while ranks compute moves at `overlap` of its speed until t_c. The update reads the gradient
+//! for its norm and zeroes it (2), reads θ, g and the moments and writes θ and the moments (3 + 2m).
 //!
 //! With `parallel.zero = 1` a rank does 1/K of the update, but zeroes the whole gradient. A sum is half of one, its scattered half;
 //! the other half, the gather of the parameters, follows the update and is exposed.
@@ -156,7 +156,7 @@ impl Model<'_> {
     pub fn step(&self, level: usize, ranks: usize, ends: bool) -> Step {
         let compute_s = self.compute_seconds(level, ranks);
         let messages = self.messages(level, ranks, ends);
-        let duration = |values: usize| self.machine.sum.duration(self.machine, 4.0 * values as f64, ranks);
+        let duration = |values: usize| self.duration(values, ranks);
         let scattered = if self.is_sharded(ranks) { 0.5 } else { 1.0 };
         let sums_s = last_end(&messages, 0.0, self.machine.overlap, duration);
         let end = last_end(&messages, compute_s, self.machine.overlap, |values| scattered * duration(values));
@@ -165,9 +165,14 @@ impl Model<'_> {
         Step { compute_s, update_s: self.update_seconds(self.config.rows(level), ranks), sums_s, exposed_s }
     }
 
-    /// A sum of `values` f32 over `ranks` ranks.
+    /// How long a sum of `values` f32 over `ranks` ranks takes.
+    fn duration(&self, values: usize, ranks: usize) -> Duration {
+        self.machine.sum.duration(self.machine, 4.0 * values as f64, ranks)
+    }
+
+    /// Seconds of a sum of `values` f32 over `ranks` ranks, alone.
     pub fn sum(&self, values: usize, ranks: usize) -> f64 {
-        self.machine.sum.duration(self.machine, 4.0 * values as f64, ranks).seconds()
+        self.duration(values, ranks).seconds()
     }
 
     /// The loss with two wishes, in f64: all ranks wait for it.
