@@ -5,7 +5,8 @@
 //! dv = Pᵀ dout,   D = rowsum(dout · out),   dS = P (dout vᵀ - D) / √head_dim,   dq = dS k,   dk = dSᵀ q
 //! ```
 use super::access::{check_mixed, matrix_shape, on_device, read, write};
-use super::matrix::{Factors, Mat, MatMut, multiply};
+use super::matrix::{Factors, Mat, MatMut};
+use super::packed::{Packed, Right, WIDEST};
 use super::profile;
 use super::real::{Real, dot, reduce, sum, vectorized, with_scratch};
 use crate::error::{Result, ensure};
@@ -14,7 +15,9 @@ use rayon::prelude::*;
 use std::ops::Range;
 
 /// Queries in a block.
-const BLOCK: usize = 64;
+const BLOCK: usize = 48;
+/// Elements between rows of scores.
+const PAD: usize = 16;
 
 /// Causal softmax attention. qkv [B*T, 3d] (rows: q | k | v, each heads × head_dim), out [B*T, d] (=), lse [B, heads, T] (=):
 /// log-sum-exp of each row of scaled scores, all that the backward needs. Never holds T×T: query blocks, causal part only.
@@ -175,32 +178,46 @@ impl<'a, T: Real> Head<'a, T> {
         let context = self.context;
         (0..context.div_ceil(BLOCK)).map(move |i| i * BLOCK..((i + 1) * BLOCK).min(context))
     }
-    /// Scaled scores of a block of queries against the keys up to its end.
-    fn scores(&self, queries: &Range<usize>, scores: &mut [T]) {
-        let q = self.q.block(queries.clone(), 0..self.head_dim);
-        let k = self.k.block(0..queries.end, 0..self.head_dim);
-        multiply(self.factors, self.scale(), q, k.t(), 0.0, MatMut::new(scores, queries.end));
+    /// Elements of a block's scores: rows are not a power of two apart, so that a column lies in many sets of a cache.
+    fn scores_len(&self) -> usize {
+        BLOCK.min(self.context) * self.scores_stride()
+    }
+    fn scores_stride(&self) -> usize {
+        self.context + PAD
+    }
+    /// Columns of whole panels that hold the scores of a block: those after its end mean nothing.
+    fn keys(&self, queries: &Range<usize>) -> usize {
+        queries.end.next_multiple_of(WIDEST).min(self.context)
     }
 }
 
 fn forward_head<T: Real>(head: Head<T>, mut out: MatMut<T>, lse: &mut [T]) {
-    with_scratch(BLOCK.min(head.context) * head.context, |scratch: &mut [T]| {
+    let Head { factors, context, head_dim, .. } = head;
+    let lens = [Packed::<T>::len(head_dim, context), Packed::<T>::len(context, head_dim), head.scores_len()];
+    with_parts(lens, |[k_t, v, scores]| {
+        let (k_t, v) = (Right::new(factors, head.k.t(), k_t), Right::new(factors, head.v, v));
         for queries in head.blocks() {
-            let keys = queries.end;
-            let scores = &mut scratch[..queries.len() * keys];
-            head.scores(&queries, scores);
-            for (row, query) in scores.chunks_exact_mut(keys).zip(queries.clone()) {
-                lse[query] = softmax_row(row, query + 1);
+            let (rows, keys, stride) = (0..queries.len(), head.keys(&queries), head.scores_stride());
+            let scores = &mut scores[..rows.len() * stride];
+            let q = head.q.rows(queries.clone());
+            k_t.multiply(head.scale(), q, 0.0, MatMut::new(scores, stride).block(rows.clone(), 0..keys));
+            let mut sums = [T::zero(); BLOCK];
+            for ((row, query), sum) in scores.chunks_exact_mut(stride).zip(queries.clone()).zip(&mut sums) {
+                let max;
+                [max, *sum] = exponentials(&mut row[..queries.end], query + 1);
+                lse[query] = max + T::of(sum.to_f64().ln());
             }
-            let v = head.v.block(0..keys, 0..head.head_dim);
-            let out = out.block(queries, 0..head.head_dim);
-            multiply(head.factors, 1.0, Mat::new(scores, keys), v, 0.0, out);
+            let weights = Mat::new(scores, stride).columns(0..queries.end);
+            v.multiply(1.0, weights, 0.0, out.block(queries.clone(), 0..head_dim));
+            for (query, sum) in queries.zip(sums) {
+                out.row(query).iter_mut().for_each(|out| *out *= T::one() / sum);
+            }
         }
     });
 }
 
-/// row[..visible] = softmax(row[..visible]), the rest 0; returns the log-sum-exp.
-fn softmax_row<T: Real>(row: &mut [T], visible: usize) -> T {
+/// row[..visible] = exp(row[..visible] - max), the rest 0; returns the maximum and the sum.
+fn exponentials<T: Real>(row: &mut [T], visible: usize) -> [T; 2] {
     vectorized(
         #[inline(always)]
         || {
@@ -208,10 +225,7 @@ fn softmax_row<T: Real>(row: &mut [T], visible: usize) -> T {
             hidden.fill(T::zero());
             let max = reduce(x, T::NEG_INFINITY, |x| x, T::larger);
             x.iter_mut().for_each(|x| *x = (*x - max).exp());
-            let sum = sum(x, |x| x);
-            let inverse = T::one() / sum;
-            x.iter_mut().for_each(|x| *x *= inverse);
-            max + T::of(sum.to_f64().ln())
+            [max, sum(x, |x| x)]
         },
     )
 }
@@ -222,29 +236,50 @@ fn backward_head<T: Real>(
     lse: &[T],
     [mut dq, mut dk, mut dv]: [MatMut<T>; 3],
 ) {
-    let all = 0..head.head_dim;
-    let block_len = BLOCK.min(head.context) * head.context;
-    with_scratch(2 * block_len, |scratch: &mut [T]| {
-        let (p, ds) = scratch.split_at_mut(block_len);
-        // the last block meets all keys: it sets dk and dv, the others add to them
+    let Head { factors, context, head_dim, .. } = head;
+    let (columns, rows, block) = (
+        Packed::<T>::len(head_dim, context),
+        Packed::<T>::len(context, head_dim),
+        Packed::<T>::len(BLOCK.min(context), head_dim),
+    );
+    let (scores, sums) = (head.scores_len(), context * head_dim);
+    let lens = [columns, columns, rows, block, block, scores, scores, sums, sums];
+    with_parts(lens, |[k_t, v_t, k, q_block, dout_block, p, ds, k_sums, v_sums]| {
+        let [k_t, v_t] = [(head.k, k_t), (head.v, v_t)].map(|(x, panels)| Right::new(factors, x.t(), panels));
+        let (k, stride) = (Right::new(factors, head.k, k), head.scores_stride());
+        // the last block meets all keys: it sets the sums, the others add to them
         let mut beta = 0.0;
         for queries in head.blocks().rev() {
-            let keys = queries.end;
-            let (p, ds) = (&mut p[..queries.len() * keys], &mut ds[..queries.len() * keys]);
-            let (q, dout) = (head.q.block(queries.clone(), all.clone()), dout.block(queries.clone(), all.clone()));
-            let (k, v) = (head.k.block(0..keys, all.clone()), head.v.block(0..keys, all.clone()));
-            head.scores(&queries, p);
-            multiply(head.factors, 1.0, dout, v.t(), 0.0, MatMut::new(ds, keys));
-            for (i, (p, ds)) in p.chunks_exact_mut(keys).zip(ds.chunks_exact_mut(keys)).enumerate() {
-                let query = queries.start + i;
-                score_gradient_row([p, ds], query + 1, lse[query], [dout.row(i), out.row(query)], T::of(head.scale()));
+            let (rows, keys) = (0..queries.len(), head.keys(&queries));
+            let (p, ds) = (&mut p[..rows.len() * stride], &mut ds[..rows.len() * stride]);
+            let (q, dout) = (head.q.rows(queries.clone()), dout.rows(queries.clone()));
+            k_t.multiply(head.scale(), q, 0.0, MatMut::new(p, stride).block(rows.clone(), 0..keys));
+            v_t.multiply(1.0, dout, 0.0, MatMut::new(ds, stride).block(rows.clone(), 0..keys));
+            for (i, (p, ds)) in p.chunks_exact_mut(stride).zip(ds.chunks_exact_mut(stride)).enumerate() {
+                let (query, row) = (queries.start + i, [&mut p[..queries.end], &mut ds[..queries.end]]);
+                score_gradient_row(row, query + 1, lse[query], [dout.row(i), out.row(query)], T::of(head.scale()));
             }
-            let (p, ds) = (Mat::new(p, keys), Mat::new(ds, keys));
-            multiply(head.factors, 1.0, p.t(), dout, beta, dv.block(0..keys, all.clone()));
-            multiply(head.factors, 1.0, ds.t(), q, beta, dk.block(0..keys, all.clone()));
-            multiply(head.factors, 1.0, ds, k, 0.0, dq.block(queries, all.clone()));
+            let [p, ds] = [p, ds].map(|x| Mat::new(x, stride).columns(0..queries.end));
+            let (q, dout) = (Right::new(factors, q, q_block), Right::new(factors, dout, dout_block));
+            dout.multiply(1.0, p.t(), beta, MatMut::new(v_sums, head_dim).block(0..queries.end, 0..head_dim));
+            q.multiply(1.0, ds.t(), beta, MatMut::new(k_sums, head_dim).block(0..queries.end, 0..head_dim));
+            k.multiply(1.0, ds, 0.0, dq.block(queries, 0..head_dim));
             beta = 1.0;
         }
+        for (sums, out) in [(k_sums, &mut dk), (v_sums, &mut dv)] {
+            sums.chunks_exact(head_dim).enumerate().for_each(|(i, sum)| out.row(i).copy_from_slice(sum));
+        }
+    });
+}
+
+/// Lends `f` scratch buffers of these lengths.
+fn with_parts<T: Real, const N: usize>(lens: [usize; N], f: impl FnOnce([&mut [T]; N])) {
+    with_scratch(lens.iter().sum(), |mut scratch: &mut [T]| {
+        f(lens.map(|len| {
+            let part;
+            (part, scratch) = std::mem::take(&mut scratch).split_at_mut(len);
+            part
+        }))
     });
 }
 

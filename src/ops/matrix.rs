@@ -71,6 +71,14 @@ impl<'a, T: Copy> Mat<'a, T> {
     pub fn is_row_major(self) -> bool {
         self.col_stride == 1
     }
+    /// From an element to the one below it.
+    pub fn row_stride(self) -> usize {
+        self.row_stride
+    }
+    /// From an element to the one beside it.
+    pub fn col_stride(self) -> usize {
+        self.col_stride
+    }
     pub fn at(self, row: usize, col: usize) -> T {
         // SAFETY: in bounds by the assertion in `pointer` and the construction.
         unsafe { *self.pointer(row, col) }

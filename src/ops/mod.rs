@@ -23,6 +23,7 @@ pub mod layer_norm;
 pub mod linear;
 pub mod matrix;
 pub mod norm;
+pub mod packed;
 pub mod profile;
 pub mod real;
 pub mod residual;

@@ -1,6 +1,7 @@
 //! The element types of the kernels, and what kernels share: vectorisation, scratch memory, the size of a piece of work.
 use super::bf16;
 use super::matrix::{Mat, MatMut};
+use super::packed::Product;
 use candle_core::{CpuStorage, WithDType};
 use std::cell::RefCell;
 use std::ops::Neg;
@@ -24,6 +25,8 @@ pub trait Real: WithDType + Neg<Output = Self> {
     fn scratch_pool() -> &'static LocalKey<RefCell<Vec<Vec<Self>>>>;
     /// c = beta c + alpha a b with factors rounded to bf16; the shapes fit.
     fn multiply_bf16(alpha: f64, a: Mat<Self>, b: Mat<Self>, beta: f64, c: MatMut<Self>);
+    /// By the widest vector instructions of this CPU.
+    fn multiply_packed(product: Product<Self>);
 
     /// The larger of both; self if `other` is NaN.
     #[inline(always)]
@@ -60,6 +63,9 @@ macro_rules! real {
             }
             fn multiply_bf16(alpha: f64, a: Mat<$t>, b: Mat<$t>, beta: f64, c: MatMut<$t>) {
                 $multiply_bf16(alpha, a, b, beta, c)
+            }
+            fn multiply_packed(product: Product<$t>) {
+                pulp::Arch::new().dispatch(product)
             }
         }
     };
