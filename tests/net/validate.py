@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Compares the α-β model with runs over links of known speed:
 
-    validate.py measure VCYCLE FILE.jsonl [--runs N] [--links MBIT,MS ...] [--ranks K ...]        (root; a minute for each link, rank count and run)
+    validate.py measure VCYCLE FILE.jsonl [--runs N] [--links MBIT,MS ...] [--ranks K ...] [--batch B]        (root; two minutes for each link, rank count and run)
     validate.py predict VCYCLE FILE.jsonl
 
-For each link and number of ranks, each rank a host of its own (hosts.py), `measure` lets `vcycle bench machine` find how fast ranks
-compute, and `vcycle train` take steps on two levels; FILE gets a line for each run. `predict` lets `vcycle plan --machine` predict
-the steps of those lines, once with the link as it was made and once as `bench machine` measured it, and prints medians over runs.
+For each link and number of ranks, each rank a host of its own (hosts.py), `measure` lets `vcycle train` take steps with each placement
+in turn, and `vcycle bench machine` find how fast ranks compute before the first, between them and after the last; FILE gets a line
+for each run. `predict` lets `vcycle plan --machine` predict the steps of those lines, as the mean of what the machine was before and after
+them makes of them, once with the link as it was made and once as `bench machine` measured it, and prints medians over runs.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import tempfile
 
 CONFIG = """
 run = {{ steps = {steps} }}
-data = {{ dir = "{data}", context = 64, batch = 24 }}
+data = {{ dir = "{data}", context = 64, batch = {batch} }}
 model = {{ vocab = 512, width = 128, heads = 4, depth = 8 }}
 levels = {{ count = 2{levels} }}
 cycle = {{ {cycle} }}
@@ -48,8 +49,12 @@ PLACEMENTS = {
 SHAPE = ["data.context=64", "model.vocab=512", "model.width=128", "model.heads=4", "model.depth=8", "parallel.threads=1"]
 
 
-def config(placement, data):
-    return CONFIG.format(data=data, placement=placement, **PLACEMENTS[placement])
+def config(placement, data, batch):
+    return CONFIG.format(data=data, batch=batch, placement=placement, **PLACEMENTS[placement])
+
+
+def placements_of(ranks):
+    return list(PLACEMENTS) if ranks > 1 else ["sequential"]
 
 
 def step_seconds(placement, metrics):
@@ -80,31 +85,41 @@ def measure(arguments, folder):
     prepare = [vcycle, "data", "prepare", here.parent.parent / "src", "--out", folder / "data", "--tokenizer", "bytes", "--ext", "rs"]
     subprocess.run(prepare, check=True, capture_output=True)
     for placement in PLACEMENTS:
-        (folder / f"{placement}.toml").write_text(config(placement, folder / "data"))
+        (folder / f"{placement}.toml").write_text(config(placement, folder / "data", arguments.batch))
     for (mbit, ms), ranks, _ in itertools.product(arguments.links, arguments.ranks, range(arguments.runs)):
-        started = f"mpirun -n {ranks} --host $VCYCLE_HOSTS {vcycle}"
-        bench = " ".join(["bench machine --times 3", *sets(SHAPE), *sets([f"data.batch={24 // ranks}"])])
-        train = f"{started} train {folder}/$placement.toml --run-dir {folder}/$placement 2>{folder}/out"
+        placements = placements_of(ranks)
+        bench = " ".join(["bench machine --times 3", *sets(SHAPE), *sets([f"data.batch={arguments.batch // ranks}"])])
+        # A link takes two ranks, also where one trains.
+        bench = f"mpirun -n {max(ranks, 2)} --host $VCYCLE_HOSTS {vcycle} {bench}"
+        train = f"mpirun -n {ranks} --host $VCYCLE_HOSTS {vcycle} train {folder}/$placement.toml --run-dir {folder}/$placement 2>{folder}/out"
         shell = (
-            f"set -e; {started} {bench} >{folder}/machine.toml; "
-            f"for placement in {' '.join(PLACEMENTS)}; do rm -rf {folder}/$placement; {train}; done"
+            f"set -e; {bench} >{folder}/machine-0.toml; n=0; "
+            f"for placement in {' '.join(placements)}; do rm -rf {folder}/$placement; {train}; "
+            f"n=$((n + 1)); {bench} >{folder}/machine-$n.toml; done"
         )
-        hosts = [sys.executable, here / "hosts.py", str(ranks), "--mbit", str(mbit), "--ms", str(ms)]
+        hosts = [sys.executable, here / "hosts.py", str(max(ranks, 2)), "--mbit", str(mbit), "--ms", str(ms)]
         done = subprocess.run([*hosts, "--", "bash", "-c", shell])
         if done.returncode:
             print((folder / "out").read_text() if (folder / "out").exists() else "", file=sys.stderr)
             return done.returncode
-        line = {"mbit": mbit, "ms": ms, "ranks": ranks, "machine": (folder / "machine.toml").read_text()}
-        line["step_s"] = {placement: step_seconds(placement, folder / placement / "metrics.jsonl") for placement in PLACEMENTS}
+        line = {"mbit": mbit, "ms": ms, "ranks": ranks, "batch": arguments.batch}
+        line["machines"] = [(folder / f"machine-{n}.toml").read_text() for n in range(len(placements) + 1)]
+        line["step_s"] = {placement: step_seconds(placement, folder / placement / "metrics.jsonl") for placement in placements}
         with open(arguments.file, "a") as file:
             print(json.dumps(line), file=file)
     return 0
 
 
+def with_link(machine, line):
+    """The machine file with the link as it was made."""
+    machine = re.sub(r"\nlatency = \S+", f"\nlatency = {line['ms'] / 1e3}", machine)
+    return re.sub(r"\nbandwidth = \S+", f"\nbandwidth = {line['mbit'] * 125e3}", machine)
+
+
 def predict(arguments, folder):
-    def predicted(machine, ranks, placement):
+    def predicted(machine, ranks, batch, placement):
         """Predicted seconds of a step on each level or in a stage."""
-        (folder / "config.toml").write_text(config(placement, "none"))
+        (folder / "config.toml").write_text(config(placement, "none", batch))
         (folder / "machine.toml").write_text(machine)
         plan = [arguments.vcycle, "plan", folder / "config.toml", "--ranks", str(ranks), "--machine", folder / "machine.toml", "--json"]
         forecast = json.loads(subprocess.run(plan, check=True, capture_output=True).stdout)["forecast"]
@@ -115,22 +130,22 @@ def predict(arguments, folder):
 
     runs = {}
     for line in map(json.loads, arguments.file.read_text().splitlines()):
-        measured = line["machine"]
-        made = re.sub(r"\nlatency = \S+", f"\nlatency = {line['ms'] / 1e3}", measured)
-        made = re.sub(r"\nbandwidth = \S+", f"\nbandwidth = {line['mbit'] * 125e3}", made)
-        for placement, taken in line["step_s"].items():
-            by_link, by_bench = (predicted(machine, line["ranks"], placement) for machine in (made, measured))
-            for part, seconds in taken.items():
-                key = (line["mbit"], line["ms"], line["ranks"], placement, part)
-                runs.setdefault(key, []).append((seconds, by_link[part] / seconds - 1, by_bench[part] / seconds - 1))
-    print("link                 ranks                    measured   link as made   link as measured")
+        for placement, *around in zip(line["step_s"], line["machines"], line["machines"][1:]):
+            of_line = line["ranks"], line["batch"], placement
+            by_link = [predicted(with_link(machine, line), *of_line) for machine in around]
+            by_bench = [predicted(machine, *of_line) for machine in around]
+            for part, seconds in line["step_s"][placement].items():
+                key = (line["mbit"], line["ms"], line["batch"], line["ranks"], placement, part)
+                off = [statistics.mean(forecast[part] for forecast in by) / seconds - 1 for by in (by_link, by_bench)]
+                runs.setdefault(key, []).append((seconds, *off))
+    print("link                 batch  ranks                       measured   link as made   link as measured")
     errors = {"as made": [], "as measured": []}
-    for (mbit, ms, ranks, placement, part), of_key in sorted(runs.items(), key=lambda run: (run[0][3:], run[0])):
+    for (mbit, ms, batch, ranks, placement, part), of_key in sorted(runs.items(), key=lambda run: (run[0][4:], run[0])):
         seconds, made, bench = (statistics.median(column) for column in zip(*of_key))
         errors["as made"].append(made)
         errors["as measured"].append(bench)
         link, what = f"{mbit:g} Mbit/s, {ms:g} ms", f"{placement}, {part}"
-        print(f"{link:<20} {ranks:>5}  {what:<20} {1e3 * seconds:>7.0f} ms {100 * made:>+12.0f} % {100 * bench:>+16.0f} %")
+        print(f"{link:<20} {batch:>5}  {ranks:>5}  {what:<20} {1e3 * seconds:>7.0f} ms {100 * made:>+12.0f} % {100 * bench:>+16.0f} %")
     for name, off in errors.items():
         within = sum(abs(error) <= 0.2 for error in off)
         print(f"with the link {name}, {within} of {len(off)} within 20 %, from {100 * min(off):+.0f} % to {100 * max(off):+.0f} %")
@@ -154,6 +169,7 @@ def main():
             of_command.add_argument("--runs", type=int, default=3)
             of_command.add_argument("--links", type=link, nargs="+", default=[(200, 5), (200, 20), (1000, 1)])
             of_command.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4, 8])
+            of_command.add_argument("--batch", type=int, default=24)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         return arguments.command(arguments, pathlib.Path(folder))

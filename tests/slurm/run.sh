@@ -81,6 +81,12 @@ continues
 grep -qF "$before" "$run/metrics.jsonl" || fail "the run started afresh instead of going on"
 echo "passed: trained on $ranks ranks under srun, stopped by a signal, requeued, continued to step $steps"
 
+# srun exits 0 and nothing was done, for a run that was done before and now has more steps to do.
+VCYCLE=true MAX_REQUEUES=0 submit --set run.steps=$((2 * steps))
+wait_for 60 "the end of the job" is FAILED
+grep -q "the ranks did not start" "$run.out" || fail "a job that did nothing passes for a finished run"
+echo "passed: a job whose ranks did not start is no finished run"
+
 # The node dies with all that runs on it, and comes back.
 run=$dir/crash
 submit --set checkpoint.every_steps=50
