@@ -47,8 +47,8 @@ fn distance(a: &Tensor, b: &Tensor) -> f64 {
 
 /// x += noise, in place: as if an optimizer had worked on it.
 fn disturb(x: &Tensor) {
-    let noise = x.randn_like(0.0, 0.1).unwrap();
-    x.slice_set(&(x + noise).unwrap(), 0, 0).unwrap();
+    let noise = crate::ops::testing::random(x.dims(), x.dtype(), 7);
+    x.slice_set(&(x + (noise * 0.1).unwrap()).unwrap(), 0, 0).unwrap();
 }
 
 fn set(x: &Tensor, value: f64) {
@@ -95,7 +95,7 @@ fn the_unresolved_ratio_is_that_of_an_ascent_and_measuring_it_changes_nothing() 
         });
         let square = |x: Tensor| values(&x.sqr().unwrap()).iter().sum::<f64>();
         let expected = square((&a - &b).unwrap()) / square((&a + &b).unwrap());
-        assert!(ratio > 0.01 && (ratio - expected).abs() < 1e-12 * (1.0 + expected), "{ratio} {expected}");
+        assert!(ratio > 1e-3 && (ratio - expected).abs() < 1e-12 * (1.0 + expected), "{ratio} {expected}");
     });
 }
 
