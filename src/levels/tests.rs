@@ -2,7 +2,9 @@ use super::transfer::transfer;
 use super::*;
 use crate::config::{self, Config, StateRule, TransferKind, Update};
 use crate::model::{Division, Net, Spec, initialize};
+use crate::ops::testing::random;
 use candle_core::{DType, Device, Tensor};
+use std::cell::Cell;
 use std::collections::HashSet;
 
 const MOMENTS: &[(&str, i32)] = &[("m", 1), ("v", 2)];
@@ -45,10 +47,12 @@ fn distance(a: &Tensor, b: &Tensor) -> f64 {
     values(a).iter().zip(values(b)).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
 }
 
-/// x += noise, in place: as if an optimizer had worked on it.
+/// x += noise, in place: as if an optimizer had worked on it. Each call in a test has other noise, each run of the test the same.
 fn disturb(x: &Tensor) {
-    let noise = crate::ops::testing::random(x.dims(), x.dtype(), 7);
-    x.slice_set(&(x + (noise * 0.1).unwrap()).unwrap(), 0, 0).unwrap();
+    thread_local!(static CALLS: Cell<u64> = const { Cell::new(0) });
+    let seed = CALLS.replace(CALLS.get() + 1);
+    let noise = (random(x.dims(), x.dtype(), seed) * 0.3).unwrap();
+    x.slice_set(&(x + noise).unwrap(), 0, 0).unwrap();
 }
 
 fn set(x: &Tensor, value: f64) {
@@ -95,7 +99,7 @@ fn the_unresolved_ratio_is_that_of_an_ascent_and_measuring_it_changes_nothing() 
         });
         let square = |x: Tensor| values(&x.sqr().unwrap()).iter().sum::<f64>();
         let expected = square((&a - &b).unwrap()) / square((&a + &b).unwrap());
-        assert!(ratio > 1e-3 && (ratio - expected).abs() < 1e-12 * (1.0 + expected), "{ratio} {expected}");
+        assert!(ratio > 0.01 && (ratio - expected).abs() < 1e-12 * (1.0 + expected), "{ratio} {expected}");
     });
 }
 
