@@ -8,7 +8,7 @@ use super::access::{check_mixed, matrix_shape, on_device, read, write};
 use super::matrix::{Factors, Mat, MatMut};
 use super::packed::{Packed, Right, WIDEST};
 use super::profile;
-use super::real::{Real, dot, reduce, sum, vectorized, with_scratch};
+use super::real::{Real, blocks, dot, reduce, sum, vectorized, with_scratches};
 use crate::error::{Result, ensure};
 use candle_core::Tensor;
 use rayon::prelude::*;
@@ -173,11 +173,6 @@ impl<'a, T: Real> Head<'a, T> {
     fn scale(&self) -> f64 {
         1.0 / (self.head_dim as f64).sqrt()
     }
-    /// Blocks of queries.
-    fn blocks(&self) -> impl DoubleEndedIterator<Item = Range<usize>> + use<T> {
-        let context = self.context;
-        (0..context.div_ceil(BLOCK)).map(move |i| i * BLOCK..((i + 1) * BLOCK).min(context))
-    }
     /// Elements of a block's scores: rows are not a power of two apart, so that a column lies in many sets of a cache.
     fn scores_len(&self) -> usize {
         BLOCK.min(self.context) * self.scores_stride()
@@ -194,9 +189,9 @@ impl<'a, T: Real> Head<'a, T> {
 fn forward_head<T: Real>(head: Head<T>, mut out: MatMut<T>, lse: &mut [T]) {
     let Head { factors, context, head_dim, .. } = head;
     let lens = [Packed::<T>::len(head_dim, context), Packed::<T>::len(context, head_dim), head.scores_len()];
-    with_parts(lens, |[k_t, v, scores]| {
+    with_scratches(lens, |[k_t, v, scores]| {
         let (k_t, v) = (Right::new(factors, head.k.t(), k_t), Right::new(factors, head.v, v));
-        for queries in head.blocks() {
+        for queries in blocks(context, BLOCK) {
             let (rows, keys, stride) = (0..queries.len(), head.keys(&queries), head.scores_stride());
             let scores = &mut scores[..rows.len() * stride];
             let q = head.q.rows(queries.clone());
@@ -244,12 +239,12 @@ fn backward_head<T: Real>(
     );
     let (scores, sums) = (head.scores_len(), context * head_dim);
     let lens = [columns, columns, rows, block, block, scores, scores, sums, sums];
-    with_parts(lens, |[k_t, v_t, k, q_block, dout_block, p, ds, k_sums, v_sums]| {
+    with_scratches(lens, |[k_t, v_t, k, q_block, dout_block, p, ds, k_sums, v_sums]| {
         let [k_t, v_t] = [(head.k, k_t), (head.v, v_t)].map(|(x, panels)| Right::new(factors, x.t(), panels));
         let (k, stride) = (Right::new(factors, head.k, k), head.scores_stride());
         // the last block meets all keys: it sets the sums, the others add to them
         let mut beta = 0.0;
-        for queries in head.blocks().rev() {
+        for queries in blocks(context, BLOCK).rev() {
             let (rows, keys) = (0..queries.len(), head.keys(&queries));
             let (p, ds) = (&mut p[..rows.len() * stride], &mut ds[..rows.len() * stride]);
             let (q, dout) = (head.q.rows(queries.clone()), dout.rows(queries.clone()));
@@ -269,17 +264,6 @@ fn backward_head<T: Real>(
         for (sums, out) in [(k_sums, &mut dk), (v_sums, &mut dv)] {
             sums.chunks_exact(head_dim).enumerate().for_each(|(i, sum)| out.row(i).copy_from_slice(sum));
         }
-    });
-}
-
-/// Lends `f` scratch buffers of these lengths.
-fn with_parts<T: Real, const N: usize>(lens: [usize; N], f: impl FnOnce([&mut [T]; N])) {
-    with_scratch(lens.iter().sum(), |mut scratch: &mut [T]| {
-        f(lens.map(|len| {
-            let part;
-            (part, scratch) = std::mem::take(&mut scratch).split_at_mut(len);
-            part
-        }))
     });
 }
 

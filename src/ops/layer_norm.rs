@@ -8,7 +8,7 @@ use super::access::{check_mixed, matrix_shape, on_device, read, write};
 #[cfg(any(feature = "cuda", test))]
 use super::cuda;
 use super::profile;
-use super::real::{Real, dot, rows_per_piece, sum, vectorized, with_scratch};
+use super::real::{Real, dot, rows_per_piece, sum, vectorized, with_scratch, with_scratches};
 use crate::error::Result;
 use candle_core::Tensor;
 use rayon::prelude::*;
@@ -135,8 +135,7 @@ fn normalize_row<T: Real>(x: &[T], ln: &[T], mean: T, rstd: T, out: &mut [T]) {
 /// dx += for these rows, dln = for these rows.
 fn backward_rows<T: Real>(dy: &[T], x: &[T], ln: &[T], stats: &[T], dx: &mut [T], dln: &mut [T]) {
     let d = ln.len() / 2;
-    with_scratch(2 * d, |row: &mut [T]| {
-        let (g, normal) = row.split_at_mut(d);
+    with_scratches([d, d], |[g, normal]: [&mut [T]; 2]| {
         let (dweight, dbias) = dln.split_at_mut(d);
         vectorized(
             #[inline(always)]

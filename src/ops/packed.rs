@@ -8,8 +8,9 @@
 //! b is cut into panels of two vectors of columns, each stored row by row. A kernel holds a few rows of c, as wide as a
 //! panel, in registers, and reads a where it is, whatever its strides.
 use super::matrix::{Factors, Mat, MatMut, multiply};
-use super::real::Real;
+use super::real::{Real, blocks};
 use pulp::{Simd, WithSimd};
+use std::ops::Range;
 
 /// Vectors in a row of a panel.
 const VECTORS: usize = 2;
@@ -75,9 +76,10 @@ impl<'a, T: Real> Packed<'a, T> {
     /// b, packed into `panels`.
     pub fn new(b: Mat<T>, panels: &'a mut [T]) -> Packed<'a, T> {
         let (rows, cols, width) = (b.row_count(), b.col_count(), width::<T>());
+        assert!(rows > 0, "a factor of nothing");
         let panels = &mut panels[..rows * cols.next_multiple_of(width)];
-        for (panel, first) in panels.chunks_exact_mut((rows * width).max(1)).zip((0..cols).step_by(width)) {
-            let b = b.columns(first..(first + width).min(cols));
+        for (panel, cols) in panels.chunks_exact_mut(rows * width).zip(blocks(cols, width)) {
+            let b = b.columns(cols);
             for (i, row) in panel.chunks_exact_mut(width).enumerate() {
                 let (row, rest) = row.split_at_mut(b.col_count());
                 match b.is_row_major() {
@@ -108,7 +110,7 @@ impl<'a, T: Real> Packed<'a, T> {
 /// A right factor of many products: packed, or where factors are rounded as it is, for then each product packs.
 pub enum Right<'a, T> {
     Exact(Packed<'a, T>),
-    Rounded(Factors, Mat<'a, T>),
+    Bf16(Mat<'a, T>),
 }
 
 impl<'a, T: Real> Right<'a, T> {
@@ -116,7 +118,7 @@ impl<'a, T: Real> Right<'a, T> {
     pub fn new(factors: Factors, b: Mat<'a, T>, panels: &'a mut [T]) -> Right<'a, T> {
         match factors {
             Factors::Exact => Right::Exact(Packed::new(b, panels)),
-            Factors::Bf16 => Right::Rounded(factors, b),
+            Factors::Bf16 => Right::Bf16(b),
         }
     }
 
@@ -124,7 +126,7 @@ impl<'a, T: Real> Right<'a, T> {
     pub fn multiply(&self, alpha: f64, a: Mat<T>, beta: f64, c: MatMut<T>) {
         match *self {
             Right::Exact(b) => b.multiply(alpha, a, beta, c),
-            Right::Rounded(factors, b) => multiply(factors, alpha, a, b.block(0..a.col_count(), 0..c.cols()), beta, c),
+            Right::Bf16(b) => multiply(Factors::Bf16, alpha, a, b.block(0..a.col_count(), 0..c.cols()), beta, c),
         }
     }
 }
@@ -156,15 +158,14 @@ impl<T: Real> Product<'_, T> {
     fn run<S: Vectors<T>>(mut self, simd: S) {
         let (cols, width) = (self.c.cols(), self.b.width);
         assert_eq!(width, VECTORS * S::LANES, "packed for these vectors");
-        let panels = self.b.panels.chunks_exact((self.b.rows * width).max(1));
-        for (panel, first) in panels.zip((0..cols).step_by(width)) {
-            self.panel(simd, panel, first..(first + width).min(cols));
+        for (panel, cols) in self.b.panels.chunks_exact(self.b.rows * width).zip(blocks(cols, width)) {
+            self.panel(simd, panel, cols);
         }
     }
 
     /// The columns of c that are a panel's.
     #[inline(always)]
-    fn panel<S: Vectors<T>>(&mut self, simd: S, panel: &[T], cols: std::ops::Range<usize>) {
+    fn panel<S: Vectors<T>>(&mut self, simd: S, panel: &[T], cols: Range<usize>) {
         // With sixteen registers twelve sums leave room for a row of the panel.
         let rows = self.c.rows();
         let mut first = 0;
@@ -187,7 +188,7 @@ impl<T: Real> Product<'_, T> {
         simd: S,
         panel: &[T],
         first: usize,
-        cols: std::ops::Range<usize>,
+        cols: Range<usize>,
     ) -> usize {
         let sums = sums::<T, S, ROWS>(simd, self.a.rows(first..first + ROWS), panel);
         let (scales, mut c) = ([self.alpha, self.beta], self.c.block(first..first + ROWS, cols));
@@ -238,9 +239,6 @@ fn sums<T: Real, S: Vectors<T>, const ROWS: usize>(simd: S, a: Mat<T>, panel: &[
     let width = VECTORS * S::LANES;
     let (k, row_stride, col_stride) = (a.col_count(), a.row_stride(), a.col_stride());
     assert!(a.row_count() == ROWS && k * width <= panel.len());
-    if k == 0 {
-        return sums;
-    }
     let (a, panel) = (a.pointer(0, 0), panel.as_ptr());
     for p in 0..k {
         // SAFETY: p < k, and both have been checked to hold k columns or rows.

@@ -4,7 +4,7 @@ use super::matrix::{Mat, MatMut};
 use super::packed::Product;
 use candle_core::{CpuStorage, WithDType};
 use std::cell::RefCell;
-use std::ops::Neg;
+use std::ops::{Neg, Range};
 use std::thread::LocalKey;
 
 /// f32, and f64 for verification.
@@ -182,6 +182,22 @@ pub fn with_scratch<T: Real, R>(len: usize, f: impl FnOnce(&mut [T]) -> R) -> R 
     let result = f(&mut buffer[..len]);
     T::scratch_pool().with_borrow_mut(|pool| pool.push(buffer));
     result
+}
+
+/// As [`with_scratch`], several buffers of these lengths.
+pub fn with_scratches<T: Real, const N: usize, R>(lens: [usize; N], f: impl FnOnce([&mut [T]; N]) -> R) -> R {
+    with_scratch(lens.iter().sum(), |mut scratch: &mut [T]| {
+        f(lens.map(|len| {
+            let part;
+            (part, scratch) = std::mem::take(&mut scratch).split_at_mut(len);
+            part
+        }))
+    })
+}
+
+/// The parts of 0..n of `len`, the last one shorter.
+pub fn blocks(n: usize, len: usize) -> impl DoubleEndedIterator<Item = Range<usize>> {
+    (0..n.div_ceil(len)).map(move |i| i * len..((i + 1) * len).min(n))
 }
 
 /// The shortest buffer of at least `len` elements, else the longest: short requests must not make every buffer long.

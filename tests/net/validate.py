@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compares the α-β model with runs over links of known speed:
 
-    validate.py measure VCYCLE FILE.jsonl [--runs N] [--links MBIT,MS ...] [--ranks K ...] [--batch B]        (root; two minutes for each link, rank count and run)
+    validate.py measure VCYCLE FILE.jsonl [--runs N] [--links MBIT,MS ...] [--ranks K ...]        (root; two minutes for each link, rank count and run)
     validate.py predict VCYCLE FILE.jsonl
 
 For each link and number of ranks, each rank a host of its own (hosts.py), `measure` lets `vcycle train` take steps with each placement
@@ -22,7 +22,7 @@ import tempfile
 
 CONFIG = """
 run = {{ steps = {steps} }}
-data = {{ dir = "{data}", context = 64, batch = {batch} }}
+data = {{ dir = "{data}", context = 64, batch = 24 }}
 model = {{ vocab = 512, width = 128, heads = 4, depth = 8 }}
 levels = {{ count = 2{levels} }}
 cycle = {{ {cycle} }}
@@ -49,12 +49,8 @@ PLACEMENTS = {
 SHAPE = ["data.context=64", "model.vocab=512", "model.width=128", "model.heads=4", "model.depth=8", "parallel.threads=1"]
 
 
-def config(placement, data, batch):
-    return CONFIG.format(data=data, batch=batch, placement=placement, **PLACEMENTS[placement])
-
-
-def placements_of(ranks):
-    return list(PLACEMENTS) if ranks > 1 else ["sequential"]
+def config(placement, data):
+    return CONFIG.format(data=data, placement=placement, **PLACEMENTS[placement])
 
 
 def step_seconds(placement, metrics):
@@ -85,10 +81,10 @@ def measure(arguments, folder):
     prepare = [vcycle, "data", "prepare", here.parent.parent / "src", "--out", folder / "data", "--tokenizer", "bytes", "--ext", "rs"]
     subprocess.run(prepare, check=True, capture_output=True)
     for placement in PLACEMENTS:
-        (folder / f"{placement}.toml").write_text(config(placement, folder / "data", arguments.batch))
+        (folder / f"{placement}.toml").write_text(config(placement, folder / "data"))
     for (mbit, ms), ranks, _ in itertools.product(arguments.links, arguments.ranks, range(arguments.runs)):
-        placements = placements_of(ranks)
-        bench = " ".join(["bench machine --times 3", *sets(SHAPE), *sets([f"data.batch={arguments.batch // ranks}"])])
+        placements = list(PLACEMENTS) if ranks > 1 else ["sequential"]
+        bench = " ".join(["bench machine --times 3", *sets(SHAPE), *sets([f"data.batch={24 // ranks}"])])
         # A link takes two ranks, also where one trains.
         bench = f"mpirun -n {max(ranks, 2)} --host $VCYCLE_HOSTS {vcycle} {bench}"
         train = f"mpirun -n {ranks} --host $VCYCLE_HOSTS {vcycle} train {folder}/$placement.toml --run-dir {folder}/$placement 2>{folder}/out"
@@ -102,7 +98,7 @@ def measure(arguments, folder):
         if done.returncode:
             print((folder / "out").read_text() if (folder / "out").exists() else "", file=sys.stderr)
             return done.returncode
-        line = {"mbit": mbit, "ms": ms, "ranks": ranks, "batch": arguments.batch}
+        line = {"mbit": mbit, "ms": ms, "ranks": ranks}
         line["machines"] = [(folder / f"machine-{n}.toml").read_text() for n in range(len(placements) + 1)]
         line["step_s"] = {placement: step_seconds(placement, folder / placement / "metrics.jsonl") for placement in placements}
         with open(arguments.file, "a") as file:
@@ -117,9 +113,9 @@ def with_link(machine, line):
 
 
 def predict(arguments, folder):
-    def predicted(machine, ranks, batch, placement):
+    def predicted(machine, ranks, placement):
         """Predicted seconds of a step on each level or in a stage."""
-        (folder / "config.toml").write_text(config(placement, "none", batch))
+        (folder / "config.toml").write_text(config(placement, "none"))
         (folder / "machine.toml").write_text(machine)
         plan = [arguments.vcycle, "plan", folder / "config.toml", "--ranks", str(ranks), "--machine", folder / "machine.toml", "--json"]
         forecast = json.loads(subprocess.run(plan, check=True, capture_output=True).stdout)["forecast"]
@@ -131,21 +127,20 @@ def predict(arguments, folder):
     runs = {}
     for line in map(json.loads, arguments.file.read_text().splitlines()):
         for placement, *around in zip(line["step_s"], line["machines"], line["machines"][1:]):
-            of_line = line["ranks"], line["batch"], placement
-            by_link = [predicted(with_link(machine, line), *of_line) for machine in around]
-            by_bench = [predicted(machine, *of_line) for machine in around]
+            by_link = [predicted(with_link(machine, line), line["ranks"], placement) for machine in around]
+            by_bench = [predicted(machine, line["ranks"], placement) for machine in around]
             for part, seconds in line["step_s"][placement].items():
-                key = (line["mbit"], line["ms"], line["batch"], line["ranks"], placement, part)
+                key = (line["mbit"], line["ms"], line["ranks"], placement, part)
                 off = [statistics.mean(forecast[part] for forecast in by) / seconds - 1 for by in (by_link, by_bench)]
                 runs.setdefault(key, []).append((seconds, *off))
-    print("link                 batch  ranks                       measured   link as made   link as measured")
+    print("link                 ranks                       measured   link as made   link as measured")
     errors = {"as made": [], "as measured": []}
-    for (mbit, ms, batch, ranks, placement, part), of_key in sorted(runs.items(), key=lambda run: (run[0][4:], run[0])):
+    for (mbit, ms, ranks, placement, part), of_key in sorted(runs.items(), key=lambda run: (run[0][3:], run[0])):
         seconds, made, bench = (statistics.median(column) for column in zip(*of_key))
         errors["as made"].append(made)
         errors["as measured"].append(bench)
         link, what = f"{mbit:g} Mbit/s, {ms:g} ms", f"{placement}, {part}"
-        print(f"{link:<20} {batch:>5}  {ranks:>5}  {what:<20} {1e3 * seconds:>7.0f} ms {100 * made:>+12.0f} % {100 * bench:>+16.0f} %")
+        print(f"{link:<20} {ranks:>5}  {what:<20} {1e3 * seconds:>7.0f} ms {100 * made:>+12.0f} % {100 * bench:>+16.0f} %")
     for name, off in errors.items():
         within = sum(abs(error) <= 0.2 for error in off)
         print(f"with the link {name}, {within} of {len(off)} within 20 %, from {100 * min(off):+.0f} % to {100 * max(off):+.0f} %")
@@ -169,7 +164,6 @@ def main():
             of_command.add_argument("--runs", type=int, default=3)
             of_command.add_argument("--links", type=link, nargs="+", default=[(200, 5), (200, 20), (1000, 1)])
             of_command.add_argument("--ranks", type=int, nargs="+", default=[2, 3, 4, 8])
-            of_command.add_argument("--batch", type=int, default=24)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         return arguments.command(arguments, pathlib.Path(folder))

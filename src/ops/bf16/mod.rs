@@ -11,7 +11,7 @@ mod kernel;
 mod pack;
 
 use super::matrix::{Mat, MatMut, multiply_exactly};
-use super::real::{Real, with_scratch};
+use super::real::{Real, blocks, with_scratches};
 use half::bf16;
 use kernel::Kernel;
 
@@ -47,8 +47,7 @@ pub fn multiply(alpha: f64, a: Mat<f32>, b: Mat<f32>, beta: f64, c: MatMut<f32>)
 /// As [`multiply`], by a product of f32 or f64.
 pub fn multiply_rounded<T: Real>(alpha: f64, a: Mat<T>, b: Mat<T>, beta: f64, c: MatMut<T>) {
     let (rows, cols, k) = (a.row_count(), b.col_count(), a.col_count());
-    with_scratch(k * (rows + cols), |scratch: &mut [T]| {
-        let (rounded_a, rounded_b) = scratch.split_at_mut(rows * k);
+    with_scratches([rows * k, k * cols], |[rounded_a, rounded_b]: [&mut [T]; 2]| {
         round(alpha, a, rounded_a);
         round(1.0, b, rounded_b);
         multiply_exactly(1.0, Mat::new(rounded_a, k), Mat::new(rounded_b, cols), beta, c);
@@ -92,11 +91,6 @@ fn by_blocks(kernel: Kernel, alpha: f64, a: Mat<f32>, b: Mat<f32>, beta: f64, mu
             }
         });
     });
-}
-
-/// The parts of 0..n of `len`, the last one shorter.
-fn blocks(n: usize, len: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
-    (0..n.div_ceil(len)).map(move |i| i * len..((i + 1) * len).min(n))
 }
 
 /// c = the product of packed panels of `steps` steps, added to c if `keep`.
