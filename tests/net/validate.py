@@ -114,7 +114,8 @@ def with_link(machine, line):
 
 def predict(arguments, folder):
     def predicted(machine, ranks, placement):
-        """Predicted seconds of a step on each level or in a stage."""
+        """Predicted seconds of a step on each level or in a stage. The hosts are one node: they share its cores."""
+        machine = re.sub(r"\nranks_per_node = \d+", f"\nranks_per_node = {max(ranks, 2)}", machine)
         (folder / "config.toml").write_text(config(placement, "none"))
         (folder / "machine.toml").write_text(machine)
         plan = [arguments.vcycle, "plan", folder / "config.toml", "--ranks", str(ranks), "--machine", folder / "machine.toml", "--json"]

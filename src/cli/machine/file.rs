@@ -14,13 +14,17 @@ pub struct Machine {
     /// Where the numbers come from.
     pub source: String,
     pub ranks_per_node: usize,
-    /// FLOP/s that a rank reaches in the forward and backward pass.
+    /// φ: FLOP/s that a rank reaches in the forward and backward pass while all ranks of its node compute.
     pub flops: f64,
+    /// φ₁: the same while the node's other ranks wait, from φ on: more where they share cores, memory or a clock. Left out, φ.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub flops_alone: Option<f64>,
     /// Bytes of memory a rank.
     pub memory: f64,
     /// Bytes/s at which a rank reads and writes it.
     pub memory_bandwidth: f64,
-    /// Share of its speed that a sum keeps while the ranks compute: 0 = it waits, 1 = it costs computing nothing.
+    /// ω: share of its speed that a sum keeps while the ranks compute: 0 = it waits, 1 = it costs computing nothing. Under 0, it
+    /// waits and takes so much more of its time, as where the ranks share cores.
     pub overlap: f64,
     pub sum: Sum,
     /// Between two ranks of a node.
@@ -40,6 +44,8 @@ pub struct Link {
 
 const KEYS: [&str; 10] =
     ["name", "source", "ranks_per_node", "flops", "memory", "memory_bandwidth", "overlap", "sum", "within", "between"];
+/// What a file may leave out.
+const OPTIONAL: [&str; 1] = ["flops_alone"];
 const LINK_KEYS: [&str; 2] = ["latency", "bandwidth"];
 
 impl Machine {
@@ -53,10 +59,10 @@ impl Machine {
     /// As [`Machine::load`], from the text.
     pub fn parse(text: &str) -> Result<Machine> {
         let written: Table = toml::from_str(text)?;
-        check_keys("", &written, &KEYS)?;
+        check_keys("", &written, &KEYS, &OPTIONAL)?;
         for link in ["within", "between"] {
             match &written[link] {
-                Value::Table(table) => check_keys(&format!("{link}."), table, &LINK_KEYS)?,
+                Value::Table(table) => check_keys(&format!("{link}."), table, &LINK_KEYS, &[])?,
                 other => bail!("{link} = {other}: expected a table, [{link}] with latency and bandwidth"),
             }
         }
@@ -79,8 +85,16 @@ impl Machine {
             ensure!(value > 0.0 && value.is_finite(), "{key} = {value}: expected a number over 0");
         }
         ensure!(self.ranks_per_node >= 1, "ranks_per_node = {}: expected at least 1", self.ranks_per_node);
-        ensure!((0.0..=1.0).contains(&self.overlap), "overlap = {}: expected 0 to 1", self.overlap);
+        ensure!(self.overlap <= 1.0 && self.overlap.is_finite(), "overlap = {}: expected at most 1", self.overlap);
+        let (flops, alone) = (self.flops, self.flops_alone.unwrap_or(self.flops));
+        ensure!(alone >= flops && alone.is_finite(), "flops_alone = {alone}: expected at least flops, {flops}");
         Ok(())
+    }
+
+    /// φ(n) = min(φ₁, φ R/n): FLOP/s of a rank while n of its node's R ranks compute.
+    pub fn speed(&self, computing: f64) -> f64 {
+        let together = self.flops * self.ranks_per_node as f64;
+        self.flops_alone.unwrap_or(self.flops).min(together / computing)
     }
 
     /// Nodes, and ranks on each of them: as few nodes as hold `ranks`.
@@ -94,13 +108,14 @@ impl Machine {
     }
 }
 
-/// Every key of `known` and no other is in `table`, whose keys have `prefix` before them in messages.
-fn check_keys(prefix: &str, table: &Table, known: &[&str]) -> Result<()> {
-    if let Some(key) = table.keys().find(|key| !known.contains(&key.as_str())) {
-        bail!("unknown key {prefix}{key}{}", nearest(key, known.iter().copied()));
+/// Every key of `needed`, and no other but `optional` ones, is in `table`, whose keys have `prefix` before them in messages.
+fn check_keys(prefix: &str, table: &Table, needed: &[&str], optional: &[&str]) -> Result<()> {
+    let known = || needed.iter().chain(optional).copied();
+    if let Some(key) = table.keys().find(|key| !known().any(|known| known == key.as_str())) {
+        bail!("unknown key {prefix}{key}{}", nearest(key, known()));
     }
-    if let Some(key) = known.iter().find(|key| !table.contains_key(**key)) {
-        bail!("{prefix}{key} is missing: a machine file gives every key, see docs/SCALING.md");
+    if let Some(key) = needed.iter().find(|key| !table.contains_key(**key)) {
+        bail!("{prefix}{key} is missing: a machine file gives it, see docs/SCALING.md");
     }
     Ok(())
 }
@@ -138,12 +153,22 @@ bandwidth = 100e6
     }
 
     #[test]
+    fn ranks_of_a_node_share_its_speed_up_to_that_of_one_alone() {
+        let mut machine = machine();
+        assert_eq!([1.0, 2.0, 4.0].map(|computing| machine.speed(computing)), [1e12; 3]);
+        machine.flops_alone = Some(3e12);
+        assert_eq!([1.0, 2.0, 4.0].map(|computing| machine.speed(computing)), [3e12, 2e12, 1e12]);
+        assert_eq!(Machine::parse(&toml::to_string(&machine).unwrap()).unwrap(), machine);
+    }
+
+    #[test]
     fn what_is_wrong_is_named() {
         for (from, to, expected) in [
             ("flops", "flop", "unknown key flop; did you mean `flops`?"),
             ("latency = 1e-6", "latncy = 1e-6", "unknown key within.latncy; did you mean `latency`?"),
             ("overlap = 0.5\n", "", "overlap is missing"),
-            ("overlap = 0.5", "overlap = 1.5", "overlap = 1.5: expected 0 to 1"),
+            ("overlap = 0.5", "overlap = 1.5", "overlap = 1.5: expected at most 1"),
+            ("overlap", "flops_alone = 9e11\noverlap", "flops_alone = 900000000000: expected at least flops"),
             ("bandwidth = 100e6", "bandwidth = -1.0", "between.bandwidth = -1: expected a number over 0"),
             ("'open-mpi'", "'mpich'", "unknown variant `mpich`"),
             ("ranks_per_node = 4", "ranks_per_node = 0", "ranks_per_node = 0"),

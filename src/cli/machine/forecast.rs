@@ -1,7 +1,7 @@
 //! What a run of a config on K ranks of a machine will take, level by level.
 //!
 //! ```text
-//! compute   t_c = ⌈B_l/K⌉ F_l / (B_l φ)         F_l: FLOPs of a step of B_l sequences, φ: FLOP/s of a rank
+//! compute   t_c = ⌈B_l/K⌉ F_l / (B_l φ(n))      F_l: FLOPs of a step of B_l sequences, φ(n): FLOP/s of a rank while n of a node compute
 //! update    t_u = 4 (5 + 2m) (N_l P + E) / μ    m moments; μ: bytes/s of memory
 //! sums      the messages that gradient buckets make of N_l rows of P values and the ends' E, in their order
 //! step      t = t_c + exposed + t_u             exposed: what of the sums ends after t_c, and the loss's own sum
@@ -9,8 +9,8 @@
 //!
 //! A row is ready when its block is differentiated: a third of a micro-batch's time is forward, then come the head and
 //! the blocks from the last to the first. Messages go one after another, though one's latencies may pass while the next is sent
-//! (`sum.rs`); a sum that starts while ranks compute moves at `overlap` of its speed until t_c. The update reads the gradient
-//! for its norm and zeroes it (2), reads θ, g and the moments and writes θ and the moments (3 + 2m).
+//! (`sum.rs`); a sum that starts while ranks compute moves at `overlap` of its speed until t_c, or waits and takes more where that is
+//! under 0. The update reads the gradient for its norm and zeroes it (2), reads θ, g and the moments and writes θ and the moments (3 + 2m).
 //!
 //! With `parallel.zero = 1` a rank does 1/K of the update, but zeroes the whole gradient. A sum is half of one, its scattered half;
 //! the other half, the gather of the parameters, follows the update and is exposed.
@@ -123,7 +123,7 @@ impl LevelForecast {
     pub(super) fn new(model: &Model, level: usize) -> LevelForecast {
         let Model { config, ranks, .. } = *model;
         let [alone, Step { compute_s, update_s, sums_s, exposed_s }] =
-            [1, ranks].map(|ranks| model.step(level, ranks, true));
+            [1, ranks].map(|ranks| Model { ranks, ..*model }.step(level, ranks, true));
         let exposed_s = exposed_s + model.meeting(ranks);
         let step_s = compute_s + exposed_s + update_s;
         LevelForecast {
@@ -184,7 +184,13 @@ impl Model<'_> {
     pub fn compute_seconds(&self, level: usize, ranks: usize) -> f64 {
         let batch = self.config.batch(level);
         let share = batch.div_ceil(ranks) as f64 / batch as f64;
-        share * cycle::level_flops(self.config, self.spec, level).total as f64 / self.machine.flops
+        share * cycle::level_flops(self.config, self.spec, level).total as f64 / self.speed(self.ranks)
+    }
+
+    /// φ(n): FLOP/s of a rank while so many of all ranks compute, on each node its share of them.
+    pub fn speed(&self, computing: usize) -> f64 {
+        let on_a_node = self.machine.shape(self.ranks).1;
+        self.machine.speed((computing * on_a_node) as f64 / self.ranks as f64)
     }
 
     /// t_u of so many rows and the ends.
@@ -216,14 +222,14 @@ impl Model<'_> {
 
     /// The sums of a step's gradient, in their order.
     fn messages(&self, level: usize, ranks: usize, ends: bool) -> Vec<Message> {
-        let Model { config, machine, .. } = self;
+        let config = self.config;
         let (rows, blocks) = (config.rows(level), cycle::level_flops(config, self.spec, level).blocks);
         let end = self.compute_seconds(level, ranks);
         // Only the backward pass of the last micro-batch gives final rows.
         let (share, micro_batch) = (config.batch(level).div_ceil(ranks), run::micro_batch(config, ranks));
         let last = if share.is_multiple_of(micro_batch) { micro_batch } else { share % micro_batch };
         let part = last as f64 / (config.batch(level) * rows) as f64;
-        let backward_of_a_block = 2.0 / 3.0 * part * blocks as f64 / machine.flops;
+        let backward_of_a_block = 2.0 / 3.0 * part * blocks as f64 / self.speed(self.ranks);
         let widths: Vec<usize> = std::iter::repeat_n(self.row(), rows).chain(ends.then(|| self.ends())).collect();
         let ready = |added: usize| end - rows.saturating_sub(added) as f64 * backward_of_a_block;
         Buckets::cut(&widths).into_iter().map(|(added, values)| Message { ready: ready(added), values }).collect()
@@ -232,18 +238,21 @@ impl Model<'_> {
 
 /// When the last of `messages` has been summed, if ranks compute until `computed`; all are ready by then.
 fn last_end(messages: &[Message], computed: f64, overlap: f64, duration: impl Fn(usize) -> Duration) -> f64 {
-    let (mut free, mut end) = (0.0f64, 0.0f64);
+    let (hidden, costs_more) = (overlap.max(0.0), (-overlap).max(0.0));
+    let (mut free, mut end, mut all_busy_s) = (0.0f64, 0.0f64, 0.0);
     for message in messages {
         let (start, Duration { busy_s, tail_s }) = (message.ready.min(computed).max(free), duration(message.values));
-        let can_hide = (computed - start).max(0.0) * overlap;
+        let can_hide = (computed - start).max(0.0) * hidden;
         free = if 0.0 < can_hide && busy_s <= can_hide {
-            start + busy_s / overlap
+            start + busy_s / hidden
         } else {
             start.max(computed) + busy_s - can_hide
         };
         end = end.max(free + tail_s);
+        all_busy_s += busy_s;
     }
-    end
+    let beside = messages.first().map_or(0.0, |first| (computed - first.ready).max(0.0));
+    end + costs_more * all_busy_s.min(beside)
 }
 
 #[cfg(test)]
@@ -287,12 +296,28 @@ mod tests {
         assert_eq!(end(&[9.0, 10.0], 1.0), 13.0);
         assert_eq!(end(&[], 1.0), 0.0);
         assert_eq!(end_with(3.0, &[9.0, 10.0], 1.0), 16.0);
+        // It waits, and costs half of its time more as long as ranks compute.
+        assert_eq!(end(&[4.0, 5.0], -0.5), 16.0);
+        assert_eq!(end(&[9.0, 10.0], -0.5), 14.5);
+        assert_eq!(end(&[10.0], -0.5), 12.0);
+    }
+
+    #[test]
+    fn a_rank_alone_may_be_faster() {
+        let (config, shared) = (config(""), machine());
+        let alone = Machine { flops_alone: Some(2e12), ..machine() };
+        let [before, after] = [&shared, &alone].map(|machine| Forecast::new(&config, machine, 1).unwrap().levels);
+        assert!((after[0].compute_s / before[0].compute_s - 0.5).abs() < 1e-12);
+        // As long as all compute, their speed is the node's.
+        let [before, after] = [&shared, &alone].map(|machine| Forecast::new(&config, machine, 4).unwrap().levels);
+        assert_eq!(after[0].step_s, before[0].step_s);
+        assert!(after[0].efficiency < before[0].efficiency);
     }
 
     proptest! {
         /// Nothing beats the ideal, and a faster network never makes a step slower.
         #[test]
-        fn forecasts_are_ordered(ranks in 1usize..=64, overlap in 0.0f64..=1.0, speed in 1.0f64..100.0) {
+        fn forecasts_are_ordered(ranks in 1usize..=64, overlap in -1.0f64..=1.0, speed in 1.0f64..100.0) {
             let (config, mut slow) = (config(""), machine());
             slow.overlap = overlap;
             let mut fast = slow.clone();

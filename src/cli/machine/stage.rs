@@ -6,6 +6,8 @@
 //! beside                   the longer of both sides' steps; the losses' sum over all each round
 //! at the end, to all       cosets: every row and its moments; beside: both sides, and three forward passes of a batch
 //! ```
+//!
+//! A group that waits for slower ones leaves them what it shares with them of a node: φ(n) in `file.rs`.
 
 use super::forecast::{LevelForecast, Model, in_turn};
 use crate::cycle::{Coset, Op, Places, own_cosets};
@@ -70,6 +72,7 @@ impl StageForecast {
             }
             Op::Descend { .. } | Op::Ascend { .. } => return None,
         };
+        share_nodes(model, &mut groups);
         let together = groups.iter().map(GroupForecast::seconds).fold(0.0, f64::max);
         let seconds = together + meetings_s + end_s;
         groups.iter_mut().for_each(|group| group.idle = (together - group.seconds()) / seconds);
@@ -91,6 +94,21 @@ impl StageForecast {
 impl GroupForecast {
     fn seconds(&self) -> f64 {
         self.compute_s + self.update_s + self.exposed_s
+    }
+}
+
+/// `groups` as if all computed to the end → the last ones compute faster from when the first are done. While n of K ranks are left,
+/// the share of a group's time in which it computes shrinks to φ(K)/φ(n).
+fn share_nodes(model: &Model, groups: &mut [GroupForecast]) {
+    let together = model.speed(model.ranks);
+    let (mut left, mut ended) = (model.ranks, 0.0);
+    let mut order: Vec<(f64, usize)> = groups.iter().map(GroupForecast::seconds).zip(0..).collect();
+    order.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let shares: Vec<f64> = groups.iter().map(|group| group.compute_s / group.seconds()).collect();
+    for (place, &(end, first)) in order.iter().enumerate() {
+        let saved = (end - ended) * (1.0 - together / model.speed(left));
+        order[place..].iter().for_each(|&(_, group)| groups[group].compute_s -= saved * shares[group]);
+        (left, ended) = (left - groups[first].ranks, end);
     }
 }
 
@@ -128,18 +146,21 @@ impl Model<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Forecast;
     use super::super::file::tests::machine;
+    use super::super::{Forecast, Link, Machine};
+    use super::StageForecast;
     use crate::config;
 
     fn forecast(extra: &str, ranks: usize, overlap: f64) -> Forecast {
+        forecast_on(&Machine { overlap, ..machine() }, extra, ranks)
+    }
+
+    fn forecast_on(machine: &Machine, extra: &str, ranks: usize) -> Forecast {
         let text = format!(
             "[data]\ndir = 'x'\ncontext = 32\nbatch = 64\n[model]\nvocab = 64\nwidth = 64\nheads = 2\ndepth = 8\n\
              [levels]\ncount = 2\n{extra}\n[run]\nsteps = 40\n"
         );
-        let mut machine = machine();
-        machine.overlap = overlap;
-        Forecast::new(&config::parse(&text, &[]).unwrap(), &machine, ranks).unwrap()
+        Forecast::new(&config::parse(&text, &[]).unwrap(), machine, ranks).unwrap()
     }
 
     const COSETS: &str = "transfer = 'injection'\ncoset = 'all'\nstate = 'keep'\n[cycle]\nkind = 'paper'\nfractions = [0.5, 0.5]\n\
@@ -172,5 +193,22 @@ mod tests {
         assert_eq!(stage.seconds, slower + stage.meetings_s + stage.end_s);
         // One rank does both sides in turn.
         assert!(self::forecast(BESIDE, 1, 1.0).stages.is_empty());
+    }
+
+    #[test]
+    fn what_a_group_leaves_of_its_node_speeds_up_the_others() {
+        let free = Link { latency: 1e-30, bandwidth: 1e30 };
+        let own = Machine { memory_bandwidth: 1e30, within: free, ..machine() };
+        let shared = Machine { flops_alone: Some(4.0 * own.flops), ..own.clone() };
+        let [own, shared] = [own, shared].map(|machine| forecast_on(&machine, BESIDE, 4).stages.remove(0));
+        let compute = |of: &StageForecast| of.groups.iter().map(|group| group.compute_s).fold(0.0, f64::max);
+        // Ranks that can use all of the node leave none of it idle: the last group ends when all work is done.
+        let work: f64 = own.groups.iter().map(|group| group.ranks as f64 * group.compute_s).sum();
+        assert!((compute(&shared) / (work / 4.0) - 1.0).abs() < 1e-9, "{shared:?}");
+        assert!(compute(&shared) < 0.99 * compute(&own));
+        // Up to twice its speed.
+        let twice = Machine { flops_alone: Some(2e12), memory_bandwidth: 1e30, within: free, ..machine() };
+        let twice = compute(&forecast_on(&twice, BESIDE, 4).stages[0]);
+        assert!(compute(&shared) <= twice && twice < compute(&own), "{twice}");
     }
 }
