@@ -3,15 +3,16 @@
 //   S = q kᵀ / √head_dim (keys up to the query),   lse = log Σ exp S,   P = exp(S - lse),   out = P v
 //   dv = Pᵀ dout,   D = rowsum(dout · out),   dS = P (dout vᵀ - D) / √head_dim,   dq = dS k,   dk = dSᵀ q
 //
-// A block has M rows (queries, or keys in the gradients of k and v), 16 a warp, and meets the rows of the other kind in tiles
-// of N. S and P stay in registers, in the layout that the next product takes (Dao, FlashAttention-2, arXiv 2307.08691). The
-// backward pass computes S twice, for dk and dv and again for dq, so that each sum is one block's, in a fixed order.
+// A block has M rows (queries, or keys in the gradients of k and v), 16 R a warp, and meets the rows of the other kind in tiles
+// of N; the next tile comes while it works on one. S and P stay in registers, in the layout that the next product takes (Dao,
+// FlashAttention-2, arXiv 2307.08691). The backward pass computes S twice, for dk and dv and again for dq, so that each sum is
+// one block's, in a fixed order.
 #include "mma.cuh"
 
 namespace {
 
-constexpr int WARPS = 4, BLOCK = WARPS * WARP_SIZE, M = WARPS * 16;
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+constexpr int WARPS = 4, BLOCK = WARPS * WARP_SIZE;
+constexpr float LOG2E = 1.4426950408889634f;
 
 // qkv [B T, 3 d], others [B T, d], d = heads head_dim; lse, D [B, heads, T]. `wide`: rows of a head begin at multiples of 16 bytes.
 struct Shape {
@@ -19,16 +20,21 @@ struct Shape {
     bool wide;
     int tasks() const { return sequences * heads; }
     __host__ __device__ int d() const { return heads * head_dim; }
-    __host__ __device__ int tiles() const { return ceil_div(context, M); }
+    __host__ __device__ int tiles(int rows) const { return ceil_div(context, rows); }
 };
 
-// HD: head_dim rounded up; the columns beyond are 0.
-template <class T, int HD>
-struct Tile {
-    static constexpr int N = sizeof(T) == 2 && HD <= 64 ? 64 : 32;
-    // The rows of a fragment lie in different banks.
+// HD: head_dim rounded up; the columns beyond are 0. R: what a warp's registers hold of the block's rows; a fragment of the other
+// kind is loaded once for all R.
+template <class T, int HD, int R_>
+struct Tiling {
+    static constexpr int R = R_, M = WARPS * 16 * R, N = sizeof(T) == 2 && HD <= 64 ? 64 : 32;
+    // Rows begin at multiples of 16 bytes, those of a fragment in different banks.
     static constexpr int PITCH = HD + 16 / sizeof(T);
 };
+template <class T, int HD>
+using Forward = Tiling<T, HD, sizeof(T) == 2 ? 2 : 1>;
+template <class T, int HD>
+using Backward = Tiling<T, HD, 1>;
 
 // A head of a sequence in a tensor with `pitch` elements a row.
 template <class T>
@@ -40,10 +46,10 @@ struct Head {
 // The block's task: its sequence and head, and its tile, the last one first where `last_first` (it has the most work).
 struct Task {
     int index, first_row;
-    __device__ Task(const Shape& shape, bool last_first) {
+    __device__ Task(const Shape& shape, int rows, bool last_first) {
         int tasks = shape.sequences * shape.heads, tile = blockIdx.x / tasks;
         index = blockIdx.x % tasks;
-        first_row = (last_first ? shape.tiles() - 1 - tile : tile) * M;
+        first_row = (last_first ? shape.tiles(rows) - 1 - tile : tile) * rows;
     }
     // Columns of part 0, 1, 2 (q, k, v) of `parts` in a row.
     template <class T>
@@ -53,23 +59,22 @@ struct Task {
     }
 };
 
-// tile = rows first … first+ROWS-1 of the head, 0 where there are none.
-template <int ROWS, int HD, class T>
+// tile = rows first … first+ROWS-1 of the head, 0 where there are none, once the copies are waited for.
+template <int ROWS, int HD, int PITCH, class T>
 __device__ inline void load_tile(T* tile, Head<const T> head, int first, const Shape& shape) {
     constexpr int W = WIDE<T>, VECTORS = HD / W;
     for (int i = threadIdx.x; i < ROWS * VECTORS; i += BLOCK) {
         int row = i / VECTORS, column = i % VECTORS * W;
         const T* from = head.rows + (first + row) * head.pitch + column;
+        T* to = tile + row * PITCH + column;
         bool inside = first + row < shape.context;
-        Packed<T, W> packed;
-        if (shape.wide && inside && column < shape.head_dim) {
-            packed = *reinterpret_cast<const Packed<T, W>*>(from);
+        if (shape.wide) {
+            bool zero = !inside || column >= shape.head_dim;
+            start_copy(to, zero ? head.rows : from, zero);
         } else {
 #pragma unroll
-            for (int k = 0; k < W; ++k)
-                packed.x[k] = inside && column + k < shape.head_dim ? from[k] : from_float<T>(0.0f);
+            for (int k = 0; k < W; ++k) to[k] = inside && column + k < shape.head_dim ? from[k] : from_float<T>(0.0f);
         }
-        *reinterpret_cast<Packed<T, W>*>(tile + row * Tile<T, HD>::PITCH + column) = packed;
     }
 }
 
@@ -96,26 +101,37 @@ __device__ inline void store_rows(const float (&sums)[HD / 8][4], const float (&
     }
 }
 
-// s [16 × N] = rows row … row+15 of `m` times nᵀ
-template <int HD, class T, int TILES>
-__device__ inline void multiply_rows(float (&s)[TILES][4], const T* m, int row, const T* n) {
-    constexpr int PITCH = Tile<T, HD>::PITCH;
+// s [16 R × N] += rows row … row+16 R-1 of `m` times nᵀ
+template <int HD, int PITCH, class T, int R, int TILES>
+__device__ inline void multiply_rows(float (&s)[R][TILES][4], const T* m, int row, const T* n) {
 #pragma unroll
     for (int k = 0; k < HD; k += 16) {
-        FragmentA<T> a = load_a(m, PITCH, row, k);
+        FragmentA<T> a[R];
 #pragma unroll
-        for (int j = 0; j < TILES; ++j) multiply_add(s[j], a, load_b_transposed(n, PITCH, j * 8, k));
+        for (int r = 0; r < R; ++r) a[r] = load_a(m, PITCH, row + 16 * r, k);
+#pragma unroll
+        for (int j = 0; j < TILES; j += 2) {
+            FragmentsB<T> b = load_b_transposed(n, PITCH, j * 8, k);
+#pragma unroll
+            for (int i = 0; i < 2 * R; ++i) multiply_add(s[i / 2][j + i % 2], a[i / 2], b.of[i % 2]);
+        }
     }
 }
 
-// sums [16 × HD] += s [16 × N] n
-template <int HD, class T, int TILES>
-__device__ inline void add_product(float (&sums)[HD / 8][4], const float (&s)[TILES][4], const T* n) {
+// sums [16 R × HD] += s [16 R × N] n
+template <int HD, int PITCH, class T, int R, int TILES>
+__device__ inline void add_product(float (&sums)[R][HD / 8][4], const float (&s)[R][TILES][4], const T* n) {
 #pragma unroll
     for (int k = 0; k < TILES; k += 2) {
-        FragmentA<T> a = as_a<T>(s[k], s[k + 1]);
+        FragmentA<T> a[R];
 #pragma unroll
-        for (int j = 0; j < HD / 8; ++j) multiply_add(sums[j], a, load_b(n, Tile<T, HD>::PITCH, k * 8, j * 8));
+        for (int r = 0; r < R; ++r) a[r] = as_a<T>(s[r][k], s[r][k + 1]);
+#pragma unroll
+        for (int j = 0; j < HD / 8; j += 2) {
+            FragmentsB<T> b = load_b(n, PITCH, k * 8, j * 8);
+#pragma unroll
+            for (int i = 0; i < 2 * R; ++i) multiply_add(sums[i / 2][j + i % 2], a[i / 2], b.of[i % 2]);
+        }
     }
 }
 
@@ -129,70 +145,89 @@ __device__ inline float row_sum(float x) {
     return x + __shfl_xor_sync(ALL_LANES, x, 2);
 }
 
-template <class T, int HD>
+template <class T, class Tile>
 struct ForwardTiles {
-    T q[M * Tile<T, HD>::PITCH], k[Tile<T, HD>::N * Tile<T, HD>::PITCH], v[Tile<T, HD>::N * Tile<T, HD>::PITCH];
+    T q[Tile::M * Tile::PITCH], k[2][Tile::N * Tile::PITCH], v[2][Tile::N * Tile::PITCH];
 };
+
+// One step of the softmax over a row, of which a lane has the elements e and e+1 of each s[j]: the row's sums so far are corrected
+// to its new maximum, and s becomes P but for the last factor.
+template <int HD, int TILES>
+__device__ inline void softmax_step(float (&s)[TILES][4], int e, float scale, float& max, float& sum,
+                                    float (&sums)[HD / 8][4]) {
+    float largest = -INFINITY;
+#pragma unroll
+    for (int j = 0; j < TILES; ++j) largest = fmaxf(largest, fmaxf(s[j][e], s[j][e + 1]));
+    // Finite from the first tile on: each query sees key 0.
+    float new_max = fmaxf(max, row_max(largest)), correction = fast_exp2((max - new_max) * scale);
+    max = new_max;
+    sum *= correction;
+#pragma unroll
+    for (int j = 0; j < HD / 8; ++j) {
+        sums[j][e] *= correction;
+        sums[j][e + 1] *= correction;
+    }
+#pragma unroll
+    for (int j = 0; j < TILES; ++j)
+#pragma unroll
+        for (int i = e; i < e + 2; ++i) {
+            s[j][i] = fast_exp2(s[j][i] * scale - max * scale);
+            sum += s[j][i];
+        }
+}
 
 template <class T, int HD>
 __global__ void __launch_bounds__(BLOCK) forward(const T* qkv, T* out, float* lse, Shape shape) {
-    constexpr int N = Tile<T, HD>::N;
-    ForwardTiles<T, HD>& tiles = *shared_memory<ForwardTiles<T, HD>>();
-    Task task(shape, true);
-    int warp_row = threadIdx.x / WARP_SIZE * 16, first = task.first_row + warp_row;
-    float scale = LOG2E / sqrtf(float(shape.head_dim)); // S in units of log 2
-    float sums[HD / 8][4] = {}, max[2] = {-INFINITY, -INFINITY}, sum[2] = {};
-    load_tile<M, HD>(tiles.q, task.head(shape, qkv, 0, 3), task.first_row, shape);
+    using Tile = Forward<T, HD>;
+    constexpr int R = Tile::R, M = Tile::M, N = Tile::N, PITCH = Tile::PITCH;
+    ForwardTiles<T, Tile>& tiles = *shared_memory<ForwardTiles<T, Tile>>();
+    Task task(shape, M, true);
+    Head<const T> k = task.head(shape, qkv, 1, 3), v = task.head(shape, qkv, 2, 3);
+    int warp_row = threadIdx.x / WARP_SIZE * 16 * R, first = task.first_row + warp_row;
+    float root = 1.0f / sqrtf(float(shape.head_dim)), scale = LOG2E * root;
+    float sums[R][HD / 8][4] = {}, max[R][2], sum[R][2] = {};
+#pragma unroll
+    for (int i = 0; i < 2 * R; ++i) max[i / 2][i % 2] = -INFINITY;
+    load_tile<M, HD, PITCH>(tiles.q, task.head(shape, qkv, 0, 3), task.first_row, shape);
+    load_tile<N, HD, PITCH>(tiles.k[0], k, 0, shape);
+    load_tile<N, HD, PITCH>(tiles.v[0], v, 0, shape);
     int end = task.first_row + M < shape.context ? task.first_row + M : shape.context;
-    for (int key = 0; key < end; key += N) {
-        __syncthreads();
-        load_tile<N, HD>(tiles.k, task.head(shape, qkv, 1, 3), key, shape);
-        load_tile<N, HD>(tiles.v, task.head(shape, qkv, 2, 3), key, shape);
-        __syncthreads();
-        float s[N / 8][4] = {};
-        multiply_rows<HD>(s, tiles.q, warp_row, tiles.k);
+    for (int key = 0, now = 0; key < end; key += N, now ^= 1) {
+        wait_for_copies();
+        __syncthreads(); // these tiles are there, and nobody reads the others any more
+        if (key + N < end) {
+            load_tile<N, HD, PITCH>(tiles.k[now ^ 1], k, key + N, shape);
+            load_tile<N, HD, PITCH>(tiles.v[now ^ 1], v, key + N, shape);
+        }
+        if (key >= first + 16 * R) continue; // no query of the warp sees them
+        float s[R][N / 8][4] = {};
+        multiply_rows<HD, PITCH>(s, tiles.q, warp_row, tiles.k[now]);
+        if (key + N > first + 1) {
+#pragma unroll
+            for (int i = 0; i < R * N / 2; ++i) {
+                int r = i / (N / 2), j = i / 4 % (N / 8), e = i % 4;
+                bool visible = key + j * 8 + lane_column() + e % 2 <= first + 16 * r + lane_row() + e / 2 * 8;
+                if (!visible) s[r][j][e] = -INFINITY;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2 * R; ++i)
+            softmax_step<HD>(s[i / 2], i % 2 * 2, scale, max[i / 2][i % 2], sum[i / 2][i % 2], sums[i / 2]);
+        add_product<HD, PITCH>(sums, s, tiles.v[now]);
+    }
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+        float factors[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            int query = first + lane_row() + 8 * half;
-            float largest = -INFINITY;
-#pragma unroll
-            for (int j = 0; j < N / 8; ++j)
-#pragma unroll
-                for (int e = 2 * half; e < 2 * half + 2; ++e) {
-                    bool visible = key + j * 8 + lane_column() + e % 2 <= query;
-                    s[j][e] = visible ? s[j][e] * scale : -INFINITY;
-                    largest = fmaxf(largest, s[j][e]);
-                }
-            // Finite from the first tile on: each query sees key 0.
-            float new_max = fmaxf(max[half], row_max(largest));
-            float correction = exp2f(max[half] - new_max);
-            max[half] = new_max;
-            sum[half] *= correction;
-#pragma unroll
-            for (int j = 0; j < HD / 8; ++j) {
-                sums[j][2 * half] *= correction;
-                sums[j][2 * half + 1] *= correction;
-            }
-#pragma unroll
-            for (int j = 0; j < N / 8; ++j)
-#pragma unroll
-                for (int e = 2 * half; e < 2 * half + 2; ++e) {
-                    s[j][e] = exp2f(s[j][e] - new_max);
-                    sum[half] += s[j][e];
-                }
+            float all = row_sum(sum[r][half]);
+            factors[half] = 1.0f / all;
+            int query = first + 16 * r + lane_row() + 8 * half;
+            if (lane_column() == 0 && query < shape.context)
+                lse[size_t(task.index) * shape.context + query] = max[r][half] * root + logf(all);
         }
-        add_product<HD>(sums, s, tiles.v);
+        store_rows<HD>(sums[r], factors, task.head(shape, out, 0, 1), first + 16 * r, shape);
     }
-    float factors[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        sum[half] = row_sum(sum[half]);
-        factors[half] = 1.0f / sum[half];
-        int query = first + lane_row() + 8 * half;
-        if (lane_column() == 0 && query < shape.context)
-            lse[size_t(task.index) * shape.context + query] = max[half] * LN2 + logf(sum[half]);
-    }
-    store_rows<HD>(sums, factors, task.head(shape, out, 0, 1), first, shape);
 }
 
 // D [B, heads, T], a warp for each.
@@ -220,11 +255,11 @@ __device__ inline Query query_at(const float* lse, const float* products, const 
     return {lse[i] * LOG2E, products[i]};
 }
 
-template <class T, int HD>
+template <class T, class Tile>
 struct BackwardTiles {
-    T m1[M * Tile<T, HD>::PITCH], m2[M * Tile<T, HD>::PITCH];
-    T n1[Tile<T, HD>::N * Tile<T, HD>::PITCH], n2[Tile<T, HD>::N * Tile<T, HD>::PITCH];
-    Query queries[M];
+    T m1[Tile::M * Tile::PITCH], m2[Tile::M * Tile::PITCH];
+    T n1[2][Tile::N * Tile::PITCH], n2[2][Tile::N * Tile::PITCH];
+    Query queries[2][Tile::M > Tile::N ? Tile::M : Tile::N];
 };
 
 // KEYS: rows are keys, m = k, v and n = q, dout: s = Sᵀ, dp = (dout vᵀ)ᵀ, dv += Pᵀ dout, dk += dSᵀ q.
@@ -232,47 +267,58 @@ struct BackwardTiles {
 template <bool KEYS, class T, int HD>
 __global__ void __launch_bounds__(BLOCK)
     backward(const T* qkv, const T* dout, const float* lse, const float* products, T* dqkv, Shape shape) {
-    constexpr int N = Tile<T, HD>::N;
-    BackwardTiles<T, HD>& tiles = *shared_memory<BackwardTiles<T, HD>>();
-    Task task(shape, !KEYS);
-    int warp_row = threadIdx.x / WARP_SIZE * 16, first = task.first_row + warp_row;
-    float scale = 1.0f / sqrtf(float(shape.head_dim));
+    using Tile = Backward<T, HD>;
+    constexpr int R = Tile::R, M = Tile::M, N = Tile::N, PITCH = Tile::PITCH;
+    BackwardTiles<T, Tile>& tiles = *shared_memory<BackwardTiles<T, Tile>>();
+    Task task(shape, M, !KEYS);
+    int warp_row = threadIdx.x / WARP_SIZE * 16 * R, first = task.first_row + warp_row;
+    float root = 1.0f / sqrtf(float(shape.head_dim)), scale = LOG2E * root;
     Head<const T> q = task.head(shape, qkv, 0, 3), k = task.head(shape, qkv, 1, 3), v = task.head(shape, qkv, 2, 3);
     Head<const T> g = task.head(shape, dout, 0, 1);
-    load_tile<M, HD>(tiles.m1, KEYS ? k : q, task.first_row, shape);
-    load_tile<M, HD>(tiles.m2, KEYS ? v : g, task.first_row, shape);
-    if (!KEYS && threadIdx.x < M)
-        tiles.queries[threadIdx.x] = query_at(lse, products, task, task.first_row + threadIdx.x, shape);
-
-    float sums1[HD / 8][4] = {}, sums2[HD / 8][4] = {};
+    auto load_others = [&](int buffer, int other) {
+        load_tile<N, HD, PITCH>(tiles.n1[buffer], KEYS ? q : k, other, shape);
+        load_tile<N, HD, PITCH>(tiles.n2[buffer], KEYS ? g : v, other, shape);
+        if (KEYS && threadIdx.x < N)
+            tiles.queries[buffer][threadIdx.x] = query_at(lse, products, task, other + threadIdx.x, shape);
+    };
     int begin = KEYS ? task.first_row : 0;
     int end = KEYS || task.first_row + M > shape.context ? shape.context : task.first_row + M;
-    for (int other = begin; other < end; other += N) {
-        __syncthreads();
-        load_tile<N, HD>(tiles.n1, KEYS ? q : k, other, shape);
-        load_tile<N, HD>(tiles.n2, KEYS ? g : v, other, shape);
-        if (KEYS && threadIdx.x < N)
-            tiles.queries[threadIdx.x] = query_at(lse, products, task, other + threadIdx.x, shape);
-        __syncthreads();
-        float p[N / 8][4] = {}, ds[N / 8][4] = {};
-        multiply_rows<HD>(p, tiles.m1, warp_row, tiles.n1);
-        multiply_rows<HD>(ds, tiles.m2, warp_row, tiles.n2);
+    load_tile<M, HD, PITCH>(tiles.m1, KEYS ? k : q, task.first_row, shape);
+    load_tile<M, HD, PITCH>(tiles.m2, KEYS ? v : g, task.first_row, shape);
+    if (!KEYS && threadIdx.x < M)
+        tiles.queries[0][threadIdx.x] = query_at(lse, products, task, task.first_row + threadIdx.x, shape);
+    load_others(0, begin);
+
+    float sums1[R][HD / 8][4] = {}, sums2[R][HD / 8][4] = {};
+    for (int other = begin, now = 0; other < end; other += N, now ^= 1) {
+        wait_for_copies();
+        __syncthreads(); // these tiles are there, and nobody reads the others any more
+        if (other + N < end) load_others(now ^ 1, other + N);
+        // Of the warp's and the tile's rows, no query sees a key; each query sees all keys.
+        if (KEYS ? other + N <= first : other >= first + 16 * R) continue;
+        bool all_visible = KEYS ? first + 16 * R <= other + 1 : other + N <= first + 1;
+        float p[R][N / 8][4] = {}, ds[R][N / 8][4] = {};
+        multiply_rows<HD, PITCH>(p, tiles.m1, warp_row, tiles.n1[now]);
+        multiply_rows<HD, PITCH>(ds, tiles.m2, warp_row, tiles.n2[now]);
 #pragma unroll
-        for (int j = 0; j < N / 8; ++j)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                int row = lane_row() + e / 2 * 8, column = j * 8 + lane_column() + e % 2;
-                int query = KEYS ? other + column : first + row, key = KEYS ? first + row : other + column;
-                Query at = tiles.queries[KEYS ? column : warp_row + row];
-                p[j][e] = key <= query ? exp2f(p[j][e] * scale * LOG2E - at.lse) : 0.0f;
-                ds[j][e] = p[j][e] * (ds[j][e] - at.product) * scale;
-            }
-        add_product<HD>(sums1, ds, tiles.n1);
-        if (KEYS) add_product<HD>(sums2, p, tiles.n2);
+        for (int i = 0; i < R * N / 2; ++i) {
+            int r = i / (N / 2), j = i / 4 % (N / 8), e = i % 4;
+            int row = 16 * r + lane_row() + e / 2 * 8, column = j * 8 + lane_column() + e % 2;
+            Query at = KEYS ? tiles.queries[now][column] : tiles.queries[0][warp_row + row];
+            float weight = fast_exp2(p[r][j][e] * scale - at.lse);
+            bool visible = all_visible || (KEYS ? first + row <= other + column : other + column <= first + row);
+            p[r][j][e] = visible ? weight : 0.0f;
+            ds[r][j][e] = p[r][j][e] * (ds[r][j][e] - at.product);
+        }
+        add_product<HD, PITCH>(sums1, ds, tiles.n1[now]);
+        if (KEYS) add_product<HD, PITCH>(sums2, p, tiles.n2[now]);
     }
-    const float ones[2] = {1.0f, 1.0f};
-    store_rows<HD>(sums1, ones, task.head(shape, dqkv, KEYS ? 1 : 0, 3), first, shape);
-    if (KEYS) store_rows<HD>(sums2, ones, task.head(shape, dqkv, 2, 3), first, shape);
+    const float roots[2] = {root, root}, ones[2] = {1.0f, 1.0f};
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+        store_rows<HD>(sums1[r], roots, task.head(shape, dqkv, KEYS ? 1 : 0, 3), first + 16 * r, shape);
+        if (KEYS) store_rows<HD>(sums2[r], ones, task.head(shape, dqkv, 2, 3), first + 16 * r, shape);
+    }
 }
 
 // f<T, HD>()
@@ -295,7 +341,8 @@ extern "C" int vcycle_attention_forward(int dtype, const void* qkv, void* out, f
                                         int heads, int head_dim, cudaStream_t stream) {
     Shape shape{sequences, context, heads, head_dim, is_wide(dtype, head_dim) && all_aligned(qkv, out)};
     return with_head(dtype, head_dim, [&]<class T, int HD>() {
-        return launch(forward<T, HD>, shape.tiles() * shape.tasks(), BLOCK, sizeof(ForwardTiles<T, HD>), stream,
+        using Tile = Forward<T, HD>;
+        return launch(forward<T, HD>, shape.tiles(Tile::M) * shape.tasks(), BLOCK, sizeof(ForwardTiles<T, Tile>), stream,
                       (const T*)qkv, (T*)out, lse, shape);
     });
 }
@@ -312,8 +359,9 @@ extern "C" int vcycle_attention_backward(int dtype, const void* qkv, const void*
     return with_head(dtype, head_dim, [&]<class T, int HD>() {
         const T* x = (const T*)qkv;
         float* products = (float*)scratch;
-        size_t rows = size_t(sequences) * context * heads, shared = sizeof(BackwardTiles<T, HD>);
-        int blocks = shape.tiles() * shape.tasks();
+        using Tile = Backward<T, HD>;
+        size_t rows = size_t(sequences) * context * heads, shared = sizeof(BackwardTiles<T, Tile>);
+        int blocks = shape.tiles(Tile::M) * shape.tasks();
         int error = launch(row_products<T>, ceil_div(rows, WARPS), BLOCK, 0, stream, (const T*)out, (const T*)dout, products,
                            shape);
         if (error != cudaSuccess) return error;

@@ -16,6 +16,21 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+// Copies 16 bytes from global to shared memory, both aligned, or sets them to 0; done after `wait_for_copies`.
+__device__ inline void start_copy(void* to, const void* from, bool zero) {
+    unsigned at = unsigned(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(from), "r"(zero ? 0 : 16) : "memory");
+}
+// This thread's copies have been made.
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// 2ˣ to about 2 units in the last place; 0 for what is smaller than a normal number.
+__device__ inline float fast_exp2(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
 // This block's shared memory.
 template <class T>
 __device__ inline T* shared_memory() {

@@ -9,6 +9,28 @@
 #pragma once
 #include "common.cuh"
 
+#ifdef VCYCLE_EMULATE
+using emulate::load_matrices;
+#else
+// ldmatrix.x4: lanes 8i … 8i+7 each give the row of an 8 × 8 matrix i, 16 bytes in shared memory; every lane gets of each matrix the
+// elements (g, 2t) and (g, 2t+1), or with TRANSPOSED (2t, g) and (2t+1, g).
+template <bool TRANSPOSED>
+__device__ inline void load_matrices(bf16 (&x)[8], const bf16* row) {
+    uint32_t* r = reinterpret_cast<uint32_t*>(x);
+    unsigned at = unsigned(__cvta_generic_to_shared(row));
+    if constexpr (TRANSPOSED)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(at)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(at)
+                     : "memory");
+}
+#endif
+
 template <class T>
 struct alignas(16) FragmentA {
     T x[8];
@@ -88,43 +110,64 @@ __device__ inline void multiply_add(float (&c)[4], const FragmentA<bf16>& a, con
 #endif
 }
 
-template <class T>
-__device__ inline void load_pair(T* to, const T* from) {
-    Packed<T, 2> pair = *reinterpret_cast<const Packed<T, 2>*>(from);
-    to[0] = pair.x[0];
-    to[1] = pair.x[1];
+// The four 8 × 8 quarters of a 16 × 16 piece of a tile in shared memory, whose rows begin at multiples of 16 bytes. From quarter i
+// this lane gets, as x[2i] and x[2i+1], the elements (g, 2t) and (g, 2t+1), or with TRANSPOSED (2t, g) and (2t+1, g). The quarters
+// follow each other down the columns, or with ALONG_ROWS along the rows.
+template <bool ALONG_ROWS, bool TRANSPOSED>
+__device__ inline void load_quarters(bf16 (&x)[8], const bf16* piece, int pitch) {
+    // Lanes 8i … 8i+7 say where the rows of quarter i are.
+    int lane = threadIdx.x % WARP_SIZE, i = lane / 8, down = ALONG_ROWS ? i / 2 : i % 2, right = ALONG_ROWS ? i % 2 : i / 2;
+    load_matrices<TRANSPOSED>(x, piece + (8 * down + lane % 8) * pitch + 8 * right);
+}
+template <bool ALONG_ROWS, bool TRANSPOSED>
+__device__ inline void load_quarters(float (&x)[8], const float* piece, int pitch) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        int down = ALONG_ROWS ? i / 2 : i % 2, right = ALONG_ROWS ? i % 2 : i / 2;
+        const float* quarter = piece + 8 * down * pitch + 8 * right;
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            int row = TRANSPOSED ? lane_column() + k : lane_row(), column = TRANSPOSED ? lane_row() : lane_column() + k;
+            x[2 * i + k] = quarter[row * pitch + column];
+        }
+    }
 }
 
 // A: rows row … row+15, columns column … column+15 of a tile with `pitch` elements a row.
 template <class T>
 __device__ inline FragmentA<T> load_a(const T* tile, int pitch, int row, int column) {
     FragmentA<T> a;
-    const T* corner = tile + (row + lane_row()) * pitch + column + lane_column();
-#pragma unroll
-    for (int i = 0; i < 4; ++i) load_pair(a.x + 2 * i, corner + i % 2 * 8 * pitch + i / 2 * 8);
+    load_quarters<false, false>(a.x, tile + row * pitch + column, pitch);
     return a;
 }
 
-// B = Nᵀ: its column g is row `row` + g of the tile N, its rows the columns column … column+15 of N.
+// Two neighbouring B, [16 × 16] together.
 template <class T>
-__device__ inline FragmentB<T> load_b_transposed(const T* tile, int pitch, int row, int column) {
-    FragmentB<T> b;
-    const T* corner = tile + (row + lane_row()) * pitch + column + lane_column();
-    load_pair(b.x, corner);
-    load_pair(b.x + 2, corner + 8);
+struct alignas(16) FragmentsB {
+    FragmentB<T> of[2];
+};
+template <class T>
+__device__ inline FragmentsB<T> as_b(const T (&x)[8]) {
+    FragmentsB<T> b;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) b.of[i / 4].x[i % 4] = x[i];
     return b;
 }
 
-// B = N: rows row … row+15, columns column … column+7 of the tile.
+// Nᵀ: their columns are rows row … row+15 of the tile N, their rows the columns column … column+15 of N.
 template <class T>
-__device__ inline FragmentB<T> load_b(const T* tile, int pitch, int row, int column) {
-    FragmentB<T> b;
-    const T* corner = tile + (row + lane_column()) * pitch + column + lane_row();
-    b.x[0] = corner[0];
-    b.x[1] = corner[pitch];
-    b.x[2] = corner[8 * pitch];
-    b.x[3] = corner[9 * pitch];
-    return b;
+__device__ inline FragmentsB<T> load_b_transposed(const T* tile, int pitch, int row, int column) {
+    alignas(16) T x[8];
+    load_quarters<true, false>(x, tile + row * pitch + column, pitch);
+    return as_b(x);
+}
+
+// N: rows row … row+15, columns column … column+15 of the tile.
+template <class T>
+__device__ inline FragmentsB<T> load_b(const T* tile, int pitch, int row, int column) {
+    alignas(16) T x[8];
+    load_quarters<false, true>(x, tile + row * pitch + column, pitch);
+    return as_b(x);
 }
 
 // Two neighbouring products c as the A of a next one.

@@ -68,7 +68,15 @@ struct Warp {
     alignas(16) unsigned char slots[2][WARP][64];
 };
 
+// A copy to shared memory that the thread has not waited for.
+struct Copy {
+    void* to;
+    const void* from;
+    bool zero;
+};
+
 struct Fiber {
+    std::vector<Copy> copies;
     ucontext_t start;
     jmp_buf state;
     bool started = false, done = true;
@@ -107,6 +115,7 @@ __attribute__((noinline)) inline void yield() {
 inline void fiber_main() {
     for (;;) {
         machine.body(machine.arguments);
+        if (!machine.current->copies.empty()) fail("a copy that its thread does not wait for");
         machine.current->done = true;
         yield();
     }
@@ -166,6 +175,16 @@ struct Exchange {
 
 inline unsigned lane() { return machine.current->index % WARP; }
 
+// ldmatrix.x4, see mma.cuh.
+template <bool TRANSPOSED>
+inline void load_matrices(__nv_bfloat16 (&x)[8], const __nv_bfloat16* row) {
+    if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("a row of a matrix that is not aligned");
+    Exchange<const __nv_bfloat16*> rows(row);
+    unsigned g = lane() / 4, t = lane() % 4;
+    for (unsigned i = 0; i < 4; ++i)
+        for (unsigned k = 0; k < 2; ++k) x[2 * i + k] = TRANSPOSED ? rows[8 * i + 2 * t + k][g] : rows[8 * i + g][2 * t + k];
+}
+
 inline void run_block(unsigned threads) {
     for (unsigned i = 0; i < threads; ++i) machine.fibers[i]->done = false;
     for (unsigned unfinished = threads; unfinished > 0;) {
@@ -221,6 +240,18 @@ inline void run_grid(dim3 grid, dim3 block, size_t shared) {
 #define blockIdx (emulate::machine.block)
 #define blockDim (emulate::machine.block_size)
 #define gridDim (emulate::machine.grid_size)
+
+// As late as it may be.
+inline void start_copy(void* to, const void* from, bool zero) {
+    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16 != 0) emulate::fail("a copy that is not aligned");
+    emulate::machine.current->copies.push_back({to, from, zero});
+}
+inline void wait_for_copies() {
+    for (const emulate::Copy& copy : emulate::machine.current->copies)
+        copy.zero ? std::memset(copy.to, 0, 16) : std::memcpy(copy.to, copy.from, 16);
+    emulate::machine.current->copies.clear();
+}
+inline float fast_exp2(float x) { return exp2f(x); }
 
 inline void __syncthreads() { emulate::wait(emulate::machine.block_barrier); }
 inline void __syncwarp() { emulate::Exchange<int> all(0); }
