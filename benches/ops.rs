@@ -149,9 +149,9 @@ fn rows(report: &mut Report) -> Result<()> {
     })?;
     report.time("residual::combine", 2 * BLOCKS, 0, 3 * bytes, || residual::combine(1.0, &x, 0.5, &dy, &out))?;
     report.time("residual::scale_add", BLOCKS, 0, 3 * bytes, || residual::scale_add(0.5, &out, 0.5, &x))?;
-    let [x, out] = [tensor(&[N, 4 * D]), tensor(&[N, 4 * D])];
-    report.time("gelu::forward", BLOCKS, 0, 8 * bytes, || gelu::forward(&x, &out))?;
-    report.time("gelu::backward", BLOCKS, 0, 12 * bytes, || gelu::backward(&x, &out))
+    let [x, b, out] = [tensor(&[N, 4 * D]), tensor(&[4 * D]), tensor(&[N, 4 * D])];
+    report.time("gelu::forward", BLOCKS, 0, 8 * bytes, || gelu::forward(&x, &b, &out))?;
+    report.time("gelu::backward", BLOCKS, 0, 16 * bytes, || gelu::backward(&x, &b, &out))
 }
 
 fn head(report: &mut Report) -> Result<()> {

@@ -42,8 +42,8 @@ impl Field<'_> {
     pub fn mlp(&self, e: &Evaluation, s: f64, out: &Tensor) -> Result<()> {
         let (theta, Scratch { normed, hidden, .. }) = (self.theta, self.scratch);
         layer_norm::forward(&e.y, &theta.ln2, normed, &e.stats2)?;
-        linear::forward(self.factors, normed, &theta.fc.weight, Some(&theta.fc.bias), 1.0, 0.0, &e.fc)?;
-        gelu::forward(&e.fc, hidden)?;
+        linear::forward(self.factors, normed, &theta.fc.weight, None, 1.0, 0.0, &e.fc)?;
+        gelu::forward(&e.fc, &theta.fc.bias, hidden)?;
         linear::forward(self.factors, hidden, &theta.mlp_proj.weight, Some(&theta.mlp_proj.bias), s, 1.0, out)
     }
 
@@ -70,14 +70,15 @@ impl Field<'_> {
         layer_norm::backward(dnormed, &e.x, &theta.ln1, &e.stats1, dx, &grads.ln1) // dx +=, dln +=
     }
 
-    /// dy += s · J_FFᵀ g, grads += s · ∂⟨g, FF(LN2 y)⟩/∂θ. As above, g and dy may be one tensor.
+    /// dy += s · J_FFᵀ g, grads += s · ∂⟨g, FF(LN2 y)⟩/∂θ. As above, g and dy may be one tensor. Uses e.fc up: it holds GELU's
+    /// output afterwards.
     pub fn mlp_adjoint(&self, grads: &BlockParams, e: &Evaluation, s: f64, g: &Tensor, dy: &Tensor) -> Result<()> {
         let (theta, Scratch { normed, dnormed, hidden, .. }) = (self.theta, self.scratch);
-        gelu::forward(&e.fc, hidden)?;
-        linear::backward_weight(self.factors, g, hidden, s, &grads.mlp_proj.weight, Some(&grads.mlp_proj.bias))?; // +=
         let dhidden = hidden;
         linear::backward_input(self.factors, g, &theta.mlp_proj.weight, s, 0.0, dhidden)?; // =
-        gelu::backward(&e.fc, dhidden)?; // in place
+        gelu::backward(&e.fc, &theta.fc.bias, dhidden)?; // both in place
+        let hidden = &e.fc;
+        linear::backward_weight(self.factors, g, hidden, s, &grads.mlp_proj.weight, Some(&grads.mlp_proj.bias))?; // +=
 
         layer_norm::normalize(&e.y, &theta.ln2, &e.stats2, normed)?;
         linear::backward_weight(self.factors, dhidden, normed, 1.0, &grads.fc.weight, Some(&grads.fc.bias))?; // +=

@@ -28,7 +28,7 @@ pub(super) struct Evaluation {
     pub y: Tensor,
     /// Mean and reciprocal deviation of y [n, 2]
     pub stats2: Tensor,
-    /// Before GELU [n, 4d]
+    /// Before GELU and the bias that it adds [n, 4d]; its output, once the adjoint has been there
     pub fc: Tensor,
 }
 

@@ -1,7 +1,7 @@
-// GELU in GPT-2's tanh form, ops/gelu.rs:
+// GELU of rows plus a bias, in GPT-2's tanh form, ops/gelu.rs:
 //
-//   gelu(x)  = x/2 (1 + tanh u) = x σ(2u),   u = √(2/π) (x + 0.044715 x³),   σ(z) = 1 / (1 + e^{-z})
-//   gelu'(x) = σ + x σ (1 - σ) 2u',          u' = √(2/π) (1 + 3 · 0.044715 x²)
+//   gelu(z)  = z/2 (1 + tanh u) = z σ(2u),   u = √(2/π) (z + 0.044715 z³),   σ(v) = 1 / (1 + e^{-v})
+//   gelu'(z) = σ + z σ (1 - σ) 2u',          u' = √(2/π) (1 + 3 · 0.044715 z²)
 #include "common.cuh"
 
 namespace {
@@ -21,46 +21,64 @@ struct Gate {
     }
 };
 
-// out = gelu(x)
+// x + b, b of the row's columns
+template <class T, int W>
+__device__ inline Floats<W> load_sum(const T* x, const T* b, size_t i, size_t vectors) {
+    Floats<W> z = load<W>(x + i * W), bias = load<W>(b + i % vectors * W);
+#pragma unroll
+    for (int k = 0; k < W; ++k) z[k] += bias[k];
+    return z;
+}
+
+// out = gelu(x + b)
 template <class T, int W>
 struct Forward {
-    const T* x;
+    const T *x, *b;
     T* out;
+    size_t vectors; // of a row
     __device__ void operator()(size_t i) const {
-        Floats<W> v = load<W>(x + i * W);
+        Floats<W> z = load_sum<T, W>(x, b, i, vectors);
 #pragma unroll
-        for (int k = 0; k < W; ++k) v[k] *= Gate(v[k]).open;
-        store(out + i * W, v);
+        for (int k = 0; k < W; ++k) z[k] *= Gate(z[k]).open;
+        store(out + i * W, z);
     }
 };
 
-// d = d gelu'(x)
+// d = d gelu'(x + b), x = gelu(x + b)
 template <class T, int W>
 struct Backward {
-    const T* x;
+    T* x;
+    const T* b;
     T* d;
+    size_t vectors;
     __device__ void operator()(size_t i) const {
-        Floats<W> v = load<W>(x + i * W), g = load<W>(d + i * W);
+        Floats<W> z = load_sum<T, W>(x, b, i, vectors), g = load<W>(d + i * W);
 #pragma unroll
         for (int k = 0; k < W; ++k) {
-            Gate gate(v[k]);
-            float slope = SCALE + 3.0f * CUBIC * SCALE * v[k] * v[k];
-            g[k] *= gate.open * (1.0f + v[k] * gate.rest * slope);
+            Gate gate(z[k]);
+            float slope = SCALE + 3.0f * CUBIC * SCALE * z[k] * z[k];
+            g[k] *= gate.open * (1.0f + z[k] * gate.rest * slope);
+            z[k] *= gate.open;
         }
         store(d + i * W, g);
+        store(x + i * W, z);
     }
 };
 
 } // namespace
 
-// x, out [n]
-extern "C" int vcycle_gelu_forward(int dtype, const void* x, void* out, size_t n, cudaStream_t stream) {
-    auto run = [&]<class T, int W>() { return for_each(n / W, stream, Forward<T, W>{(const T*)x, (T*)out}); };
-    return with_vectors(dtype, n, run, x, out);
+// out [n, d] = gelu(x [n, d] + b [d])
+extern "C" int vcycle_gelu_forward(int dtype, const void* x, const void* b, void* out, size_t n, int d, cudaStream_t stream) {
+    auto run = [&]<class T, int W>() {
+        return for_each(n * d / W, stream, Forward<T, W>{(const T*)x, (const T*)b, (T*)out, size_t(d / W)});
+    };
+    return with_vectors(dtype, d, run, x, b, out);
 }
 
-// x, d [n]
-extern "C" int vcycle_gelu_backward(int dtype, const void* x, void* d, size_t n, cudaStream_t stream) {
-    auto run = [&]<class T, int W>() { return for_each(n / W, stream, Backward<T, W>{(const T*)x, (T*)d}); };
-    return with_vectors(dtype, n, run, x, d);
+// With z = x [n, w] + b [w]: d [n, w] = d gelu'(z), x = gelu(z)
+extern "C" int vcycle_gelu_backward(int dtype, void* x, const void* b, void* d, size_t n, int w, cudaStream_t stream) {
+    auto run = [&]<class T, int W>() {
+        return for_each(n * w / W, stream, Backward<T, W>{(T*)x, (const T*)b, (T*)d, size_t(w / W)});
+    };
+    return with_vectors(dtype, w, run, x, b, d);
 }

@@ -21,23 +21,32 @@ fn elementwise() {
             residual::scale_add(0.25, &y, 3.0, &x).unwrap();
             vec![filled, copied, combined, y]
         });
-        assert_gpu_equals_cpu(&format!("gelu [{n}]"), [1e-6, 1e-2], |place| {
-            let [x, d, out] = [place.input(&x), place.input(&y), place.unset(&[n])];
-            gelu::forward(&x, &out).unwrap();
-            gelu::backward(&x, &d).unwrap();
-            vec![out, d]
+    }
+}
+
+#[test]
+fn gelu_of_rows() {
+    for shape @ [_, w] in [[1, 1], [3, 31], [130, 4096], [7, 5003]] {
+        let [x, b, dy] = [(inputs(&shape, 1) * 4.0).unwrap(), inputs(&[w], 2), inputs(&shape, 3)];
+        assert_gpu_equals_cpu(&format!("gelu {shape:?}"), [1e-6, 1e-2], |place| {
+            let [x, b, d, out] = [place.input(&x), place.input(&b), place.input(&dy), place.unset(&shape)];
+            gelu::forward(&x, &b, &out).unwrap();
+            gelu::backward(&x, &b, &d).unwrap();
+            vec![out, d, x]
         });
     }
 }
 
 #[test]
 fn gelu_far_out_and_nan() {
-    let x = Tensor::new(&[-1e30, -50.0, 0.0, 50.0, 1e9, f64::NAN], &Device::Cpu).unwrap();
+    let x = Tensor::new(&[[-1e30, -50.0, 0.0, 50.0, 1e9, f64::NAN]], &Device::Cpu).unwrap();
     assert_gpu_equals_cpu("gelu far out", [1e-6, 1e-2], |place| {
-        let [x, d, out] = [place.input(&x), place.input(&(&x * 0.0).unwrap()), place.unset(&[6])];
+        let [x, d, b, out] = [place.input(&x), place.unset(&[1, 6]), place.unset(&[6]), place.unset(&[1, 6])];
         access::fill(&d, 1.0).unwrap();
-        gelu::forward(&x, &out).unwrap();
-        gelu::backward(&x.narrow(0, 2, 4).unwrap(), &d.narrow(0, 2, 4).unwrap()).unwrap();
+        access::fill(&b, 0.0).unwrap();
+        gelu::forward(&x, &b, &out).unwrap();
+        let from_2 = |tensor: &Tensor| tensor.flatten_all().unwrap().narrow(0, 2, 4).unwrap().reshape((1, 4)).unwrap();
+        gelu::backward(&from_2(&x), &b.narrow(0, 2, 4).unwrap(), &from_2(&d)).unwrap();
         vec![out, d]
     });
 }
@@ -108,6 +117,9 @@ fn causal_attention() {
         [1, 100, 2, 64],
         [1, 70, 1, 128],
         [1, 33, 1, 72],
+        [1, 150, 2, 32],
+        [1, 200, 1, 64],
+        [2, 140, 1, 128],
     ] {
         let [qkv, dout] = [(inputs(&[b * t, 3 * h * k], 1) * 2.0).unwrap(), inputs(&[b * t, h * k], 2)];
         assert_gpu_equals_cpu(&format!("attention [{b}, {t}, {h} · {k}]"), [1e-5, 1.5e-2], |place| {
