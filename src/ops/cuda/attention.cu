@@ -23,8 +23,7 @@ struct Shape {
     __host__ __device__ int tiles(int rows) const { return ceil_div(context, rows); }
 };
 
-// HD: head_dim rounded up; the columns beyond are 0. R: what a warp's registers hold of the block's rows; a fragment of the other
-// kind is loaded once for all R.
+// HD: head_dim rounded up; the columns beyond are 0. With R > 1 a warp loads a fragment of the other kind once for 16 R rows.
 template <class T, int HD, int R_>
 struct Tiling {
     static constexpr int R = R_, M = WARPS * 16 * R, N = sizeof(T) == 2 && HD <= 64 ? 64 : 32;
@@ -294,7 +293,7 @@ __global__ void __launch_bounds__(BLOCK)
         wait_for_copies();
         __syncthreads(); // these tiles are there, and nobody reads the others any more
         if (other + N < end) load_others(now ^ 1, other + N);
-        // Of the warp's and the tile's rows, no query sees a key; each query sees all keys.
+        // No query sees a key, of the warp's rows and the tile's; then: each query sees all of the keys.
         if (KEYS ? other + N <= first : other >= first + 16 * R) continue;
         bool all_visible = KEYS ? first + 16 * R <= other + 1 : other + N <= first + 1;
         float p[R][N / 8][4] = {}, ds[R][N / 8][4] = {};
