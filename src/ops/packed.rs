@@ -239,6 +239,10 @@ fn sums<T: Real, S: Vectors<T>, const ROWS: usize>(simd: S, a: Mat<T>, panel: &[
     let width = VECTORS * S::LANES;
     let (k, row_stride, col_stride) = (a.col_count(), a.row_stride(), a.col_stride());
     assert!(a.row_count() == ROWS && k * width <= panel.len());
+    // A loop that may not run at all would keep one of the sums on the stack: attention took 1.35 times as long (AVX2).
+    if k == 0 {
+        return sums;
+    }
     let (a, panel) = (a.pointer(0, 0), panel.as_ptr());
     for p in 0..k {
         // SAFETY: p < k, and both have been checked to hold k columns or rows.
