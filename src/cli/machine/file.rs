@@ -86,15 +86,19 @@ impl Machine {
         }
         ensure!(self.ranks_per_node >= 1, "ranks_per_node = {}: expected at least 1", self.ranks_per_node);
         ensure!(self.overlap <= 1.0 && self.overlap.is_finite(), "overlap = {}: expected at most 1", self.overlap);
-        let (flops, alone) = (self.flops, self.flops_alone.unwrap_or(self.flops));
+        let (flops, alone) = (self.flops, self.alone());
         ensure!(alone >= flops && alone.is_finite(), "flops_alone = {alone}: expected at least flops, {flops}");
         Ok(())
     }
 
+    /// φ₁
+    fn alone(&self) -> f64 {
+        self.flops_alone.unwrap_or(self.flops)
+    }
+
     /// φ(n) = min(φ₁, φ R/n): FLOP/s of a rank while n of its node's R ranks compute.
     pub fn speed(&self, computing: f64) -> f64 {
-        let together = self.flops * self.ranks_per_node as f64;
-        self.flops_alone.unwrap_or(self.flops).min(together / computing)
+        self.alone().min(self.flops * self.ranks_per_node as f64 / computing)
     }
 
     /// Nodes, and ranks on each of them: as few nodes as hold `ranks`.

@@ -180,7 +180,7 @@ impl Model<'_> {
         self.sum(6, ranks)
     }
 
-    /// t_c
+    /// t_c of a group of `ranks`, while all ranks compute.
     pub fn compute_seconds(&self, level: usize, ranks: usize) -> f64 {
         let batch = self.config.batch(level);
         let share = batch.div_ceil(ranks) as f64 / batch as f64;

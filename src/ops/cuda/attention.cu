@@ -112,7 +112,7 @@ __device__ inline void multiply_rows(float (&s)[R][TILES][4], const T* m, int ro
         for (int j = 0; j < TILES; j += 2) {
             FragmentsB<T> b = load_b_transposed(n, PITCH, j * 8, k);
 #pragma unroll
-            for (int i = 0; i < 2 * R; ++i) multiply_add(s[i / 2][j + i % 2], a[i / 2], b.of[i % 2]);
+            for (int i = 0; i < 2 * R; ++i) multiply_add(s[i / 2][j + i % 2], a[i / 2], b[i % 2]);
         }
     }
 }
@@ -129,8 +129,21 @@ __device__ inline void add_product(float (&sums)[R][HD / 8][4], const float (&s)
         for (int j = 0; j < HD / 8; j += 2) {
             FragmentsB<T> b = load_b(n, PITCH, k * 8, j * 8);
 #pragma unroll
-            for (int i = 0; i < 2 * R; ++i) multiply_add(sums[i / 2][j + i % 2], a[i / 2], b.of[i % 2]);
+            for (int i = 0; i < 2 * R; ++i) multiply_add(sums[i / 2][j + i % 2], a[i / 2], b[i % 2]);
         }
+    }
+}
+
+// s = -∞ where a key comes after the query. Rows are queries from `row` on and columns keys from `column` on, or with KEYS rows are
+// keys and columns queries.
+template <bool KEYS, int R, int TILES>
+__device__ inline void hide_later_keys(float (&s)[R][TILES][4], int row, int column) {
+#pragma unroll
+    for (int i = 0; i < R * TILES * 4; ++i) {
+        int r = i / (TILES * 4), j = i / 4 % TILES, e = i % 4;
+        int from_row = 16 * r + lane_row() + e / 2 * 8, from_column = j * 8 + lane_column() + e % 2;
+        int later = row + from_row - column - from_column; // of the row
+        if (KEYS ? later > 0 : later < 0) s[r][j][e] = -INFINITY;
     }
 }
 
@@ -201,14 +214,7 @@ __global__ void __launch_bounds__(BLOCK) forward(const T* qkv, T* out, float* ls
         if (key >= first + 16 * R) continue; // no query of the warp sees them
         float s[R][N / 8][4] = {};
         multiply_rows<HD, PITCH>(s, tiles.q, warp_row, tiles.k[now]);
-        if (key + N > first + 1) {
-#pragma unroll
-            for (int i = 0; i < R * N / 2; ++i) {
-                int r = i / (N / 2), j = i / 4 % (N / 8), e = i % 4;
-                bool visible = key + j * 8 + lane_column() + e % 2 <= first + 16 * r + lane_row() + e / 2 * 8;
-                if (!visible) s[r][j][e] = -INFINITY;
-            }
-        }
+        if (key + N > first + 1) hide_later_keys<false>(s, first, key);
 #pragma unroll
         for (int i = 0; i < 2 * R; ++i)
             softmax_step<HD>(s[i / 2], i % 2 * 2, scale, max[i / 2][i % 2], sum[i / 2][i % 2], sums[i / 2]);
@@ -293,20 +299,17 @@ __global__ void __launch_bounds__(BLOCK)
         wait_for_copies();
         __syncthreads(); // these tiles are there, and nobody reads the others any more
         if (other + N < end) load_others(now ^ 1, other + N);
-        // No query sees a key, of the warp's rows and the tile's; then: each query sees all of the keys.
-        if (KEYS ? other + N <= first : other >= first + 16 * R) continue;
-        bool all_visible = KEYS ? first + 16 * R <= other + 1 : other + N <= first + 1;
+        if (KEYS ? other + N <= first : other >= first + 16 * R) continue; // no query sees a key
         float p[R][N / 8][4] = {}, ds[R][N / 8][4] = {};
         multiply_rows<HD, PITCH>(p, tiles.m1, warp_row, tiles.n1[now]);
         multiply_rows<HD, PITCH>(ds, tiles.m2, warp_row, tiles.n2[now]);
+        if (KEYS ? first + 16 * R > other + 1 : other + N > first + 1) hide_later_keys<KEYS>(p, first, other);
 #pragma unroll
         for (int i = 0; i < R * N / 2; ++i) {
             int r = i / (N / 2), j = i / 4 % (N / 8), e = i % 4;
             int row = 16 * r + lane_row() + e / 2 * 8, column = j * 8 + lane_column() + e % 2;
             Query at = KEYS ? tiles.queries[now][column] : tiles.queries[0][warp_row + row];
-            float weight = fast_exp2(p[r][j][e] * scale - at.lse);
-            bool visible = all_visible || (KEYS ? first + row <= other + column : other + column <= first + row);
-            p[r][j][e] = visible ? weight : 0.0f;
+            p[r][j][e] = fast_exp2(p[r][j][e] * scale - at.lse);
             ds[r][j][e] = p[r][j][e] * (ds[r][j][e] - at.product);
         }
         add_product<HD, PITCH>(sums1, ds, tiles.n1[now]);

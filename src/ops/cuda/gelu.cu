@@ -67,12 +67,12 @@ struct Backward {
 
 } // namespace
 
-// out [n, d] = gelu(x [n, d] + b [d])
-extern "C" int vcycle_gelu_forward(int dtype, const void* x, const void* b, void* out, size_t n, int d, cudaStream_t stream) {
+// out [n, w] = gelu(x [n, w] + b [w])
+extern "C" int vcycle_gelu_forward(int dtype, const void* x, const void* b, void* out, size_t n, int w, cudaStream_t stream) {
     auto run = [&]<class T, int W>() {
-        return for_each(n * d / W, stream, Forward<T, W>{(const T*)x, (const T*)b, (T*)out, size_t(d / W)});
+        return for_each(n * w / W, stream, Forward<T, W>{(const T*)x, (const T*)b, (T*)out, size_t(w / W)});
     };
-    return with_vectors(dtype, d, run, x, b, out);
+    return with_vectors(dtype, w, run, x, b, out);
 }
 
 // With z = x [n, w] + b [w]: d [n, w] = d gelu'(z), x = gelu(z)

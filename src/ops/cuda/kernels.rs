@@ -98,7 +98,7 @@ kernels! {
     cast(from: c_int, to: c_int, source: Address, out: Address, n: usize, stream: Stream) -> c_int;
     combine(dtype: c_int, a: f32, x: Address, b: f32, y: Address, out: Address, n: usize, stream: Stream) -> c_int;
 
-    gelu_forward(dtype: c_int, x: Address, b: Address, out: Address, n: usize, d: c_int, stream: Stream) -> c_int;
+    gelu_forward(dtype: c_int, x: Address, b: Address, out: Address, n: usize, w: c_int, stream: Stream) -> c_int;
     gelu_backward(dtype: c_int, x: Address, b: Address, d: Address, n: usize, w: c_int, stream: Stream) -> c_int;
 
     add_bias(dtype: c_int, alpha: f32, b: Address, beta: f32, out: Address, n: usize, d: c_int, stream: Stream) -> c_int;

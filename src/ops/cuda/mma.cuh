@@ -110,26 +110,26 @@ __device__ inline void multiply_add(float (&c)[4], const FragmentA<bf16>& a, con
 #endif
 }
 
-// The four 8 × 8 quarters of a 16 × 16 piece of a tile in shared memory, whose rows begin at multiples of 16 bytes. From quarter i
-// this lane gets, as x[2i] and x[2i+1], the elements (g, 2t) and (g, 2t+1), or with TRANSPOSED (2t, g) and (2t+1, g). The quarters
-// follow each other down the columns, or with ALONG_ROWS along the rows.
+// The i-th 8 × 8 quarter of a 16 × 16 piece: they follow each other down the columns, or with ALONG_ROWS along the rows.
+template <bool ALONG_ROWS, class T>
+__device__ inline const T* quarter(const T* piece, int pitch, int i) {
+    int down = ALONG_ROWS ? i / 2 : i % 2, right = ALONG_ROWS ? i % 2 : i / 2;
+    return piece + 8 * down * pitch + 8 * right;
+}
+
+// The quarters of a piece of a tile in shared memory, whose rows begin at multiples of 16 bytes. From quarter i this lane gets, as
+// x[2i] and x[2i+1], the elements (g, 2t) and (g, 2t+1), or with TRANSPOSED (2t, g) and (2t+1, g).
 template <bool ALONG_ROWS, bool TRANSPOSED>
 __device__ inline void load_quarters(bf16 (&x)[8], const bf16* piece, int pitch) {
-    // Lanes 8i … 8i+7 say where the rows of quarter i are.
-    int lane = threadIdx.x % WARP_SIZE, i = lane / 8, down = ALONG_ROWS ? i / 2 : i % 2, right = ALONG_ROWS ? i % 2 : i / 2;
-    load_matrices<TRANSPOSED>(x, piece + (8 * down + lane % 8) * pitch + 8 * right);
+    int lane = threadIdx.x % WARP_SIZE;
+    load_matrices<TRANSPOSED>(x, quarter<ALONG_ROWS>(piece, pitch, lane / 8) + lane % 8 * pitch);
 }
 template <bool ALONG_ROWS, bool TRANSPOSED>
 __device__ inline void load_quarters(float (&x)[8], const float* piece, int pitch) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        int down = ALONG_ROWS ? i / 2 : i % 2, right = ALONG_ROWS ? i % 2 : i / 2;
-        const float* quarter = piece + 8 * down * pitch + 8 * right;
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-            int row = TRANSPOSED ? lane_column() + k : lane_row(), column = TRANSPOSED ? lane_row() : lane_column() + k;
-            x[2 * i + k] = quarter[row * pitch + column];
-        }
+    for (int i = 0; i < 8; ++i) {
+        int t = lane_column() + i % 2, g = lane_row();
+        x[i] = quarter<ALONG_ROWS>(piece, pitch, i / 2)[TRANSPOSED ? t * pitch + g : g * pitch + t];
     }
 }
 
@@ -144,30 +144,29 @@ __device__ inline FragmentA<T> load_a(const T* tile, int pitch, int row, int col
 // Two neighbouring B, [16 × 16] together.
 template <class T>
 struct alignas(16) FragmentsB {
-    FragmentB<T> of[2];
-};
-template <class T>
-__device__ inline FragmentsB<T> as_b(const T (&x)[8]) {
-    FragmentsB<T> b;
+    T x[8];
+    __device__ FragmentB<T> operator[](int i) const {
+        FragmentB<T> b;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) b.of[i / 4].x[i % 4] = x[i];
-    return b;
-}
+        for (int k = 0; k < 4; ++k) b.x[k] = x[4 * i + k];
+        return b;
+    }
+};
 
 // Nᵀ: their columns are rows row … row+15 of the tile N, their rows the columns column … column+15 of N.
 template <class T>
 __device__ inline FragmentsB<T> load_b_transposed(const T* tile, int pitch, int row, int column) {
-    alignas(16) T x[8];
-    load_quarters<true, false>(x, tile + row * pitch + column, pitch);
-    return as_b(x);
+    FragmentsB<T> b;
+    load_quarters<true, false>(b.x, tile + row * pitch + column, pitch);
+    return b;
 }
 
 // N: rows row … row+15, columns column … column+15 of the tile.
 template <class T>
 __device__ inline FragmentsB<T> load_b(const T* tile, int pitch, int row, int column) {
-    alignas(16) T x[8];
-    load_quarters<false, true>(x, tile + row * pitch + column, pitch);
-    return as_b(x);
+    FragmentsB<T> b;
+    load_quarters<false, true>(b.x, tile + row * pitch + column, pitch);
+    return b;
 }
 
 // Two neighbouring products c as the A of a next one.
