@@ -21,6 +21,7 @@ mod mpi;
 mod nccl;
 mod parcel;
 mod pool;
+pub mod ring;
 #[cfg(feature = "mpi")]
 mod roll_call;
 mod solo;

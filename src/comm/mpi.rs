@@ -12,6 +12,7 @@
 use super::mover::Mover;
 use super::parcel::Parcel;
 use super::pool::Pool;
+use super::ring::{self, Algorithm};
 use super::roll_call::RollCall;
 use super::{Communicator, DEFAULT_TIMEOUT, Ending, Exchange, Reduction, Ticket, TimedOut, told_to_end};
 use crate::error::{Context, Result, anyhow, bail, ensure};
@@ -44,6 +45,7 @@ pub struct Session {
     /// What this rank has waited in collectives, over all groups.
     waited: Cell<Duration>,
     roll: RollCall,
+    algorithm: Algorithm,
     mover: Mover,
 }
 
@@ -64,6 +66,7 @@ impl Session {
             unfinished: Cell::new(false),
             waited: Cell::default(),
             roll: RollCall::new()?,
+            algorithm: Algorithm::new(),
             mover: if serialized { Mover::start().context("cannot start a thread")? } else { Mover::default() },
         }))
     }
@@ -254,12 +257,15 @@ impl Mpi {
     }
 
     fn start_sum(&mut self, sent: Vec<f32>) -> Result<Pending<Buffers>> {
-        let (comm, len) = (self.comm, sent.len());
+        let (comm, len, ranks, session) = (self.comm, sent.len(), self.size, self.session.clone());
         let sums = self.pool.take(len);
         self.call((sent, sums), pieces(len), |(sent, sums), (first, count), request| {
             let (sent, sums) = (sent[first..].as_ptr().cast(), sums[first..].as_mut_ptr().cast());
+            let ring = ring::takes(size_of::<f32>() * count as usize, ranks);
             // SAFETY: `Pending` keeps both buffers in place until the request is complete; the piece lies inside them.
-            unsafe { ffi::MPI_Iallreduce(sent, sums, count, ffi::RSMPI_FLOAT, ffi::RSMPI_SUM, comm, request) }
+            session.algorithm.with(ring, || unsafe {
+                ffi::MPI_Iallreduce(sent, sums, count, ffi::RSMPI_FLOAT, ffi::RSMPI_SUM, comm, request)
+            })
         })
     }
 

@@ -274,7 +274,7 @@ mod tests {
     #[test]
     fn the_fit_finds_the_link_that_made_the_times() {
         let link = Link { latency: 20e-6, bandwidth: 125e6 };
-        for ranks in [2, 3, 4, 8] {
+        for ranks in [2, 3, 4, 8, 12] {
             let times: Vec<(f64, f64)> =
                 VALUES.map(|v| 4.0 * v as f64).map(|n| (n, Cost::open_mpi(n, ranks).seconds(&link))).to_vec();
             let found = fit(&times, ranks);

@@ -3,6 +3,7 @@
 //! A message of n bytes takes α + n/β: latency and bandwidth of a [`super::Link`]. Large ones are announced first.
 
 use super::Machine;
+use crate::comm::ring;
 use serde::{Deserialize, Serialize};
 
 /// How the library sums; the words of a machine file's `sum`.
@@ -23,10 +24,10 @@ pub struct Cost {
     pub bytes: f64,
 }
 
-/// Under this size Open MPI sends the whole buffer up and down a tree.
-const OPEN_MPI_SMALL: f64 = 65_536.0;
 /// From this size on Open MPI asks the receiver over TCP before it sends (`btl_tcp_eager_limit`): a message takes 3 α + n/β.
 const OPEN_MPI_EAGER: f64 = 65_536.0;
+/// Pieces in which a broadcast goes along a chain of ranks.
+const OPEN_MPI_SEGMENT: f64 = 65_536.0;
 
 impl Cost {
     /// Seconds on a link of this latency and bandwidth.
@@ -34,22 +35,30 @@ impl Cost {
         self.latencies * link.latency + self.bytes / link.bandwidth
     }
 
-    /// Open MPI's sum of `n` bytes over K ranks, with h(m) = 3 latencies for a message of m ≥ 64 KiB, else 1. With under 4
-    /// ranks or 64 KiB, a binomial tree up and down, whose root has ⌈log₂ K⌉ children and whose depth is ⌊log₂ K⌋:
+    /// Open MPI's sum of `n` bytes over K ranks, with h(m) = 3 latencies for a message of m ≥ 64 KiB, else 1. Under 64 KiB, a
+    /// binomial tree up and down, whose root has ⌈log₂ K⌉ children and whose depth is d = ⌊log₂ K⌋:
     ///
     /// ```text
-    /// 2 ⌊log₂ K⌋ h(n) α + 2 ⌈log₂ K⌉ n/β
+    /// 2 d h(n) α + 2 ⌈log₂ K⌉ n/β
     /// ```
     ///
-    /// else halving and doubling (Rabenseifner), in rounds of n/2, n/4, ...: 2 Σ_i h(n/2ⁱ) α + 2 (K−1)/K n/β.
+    /// else in a ring (see [`ring`]), 2 (K−1) (h(n/K) α + n/(Kβ)), or by halving and doubling (Rabenseifner) among k = 2ᵈ
+    /// ranks, in rounds of n/2, n/4, ...: 2 Σ_i h(n/2ⁱ) α + 2 (k−1)/k n/β; if that is not all of them, (2 h(n/2) + h(n)) α + 2 n/β
+    /// more for the others.
     pub fn open_mpi(n: f64, ranks: usize) -> Cost {
-        let (k, depth) = (ranks as f64, ranks.ilog2() as i32);
+        let depth = ranks.ilog2() as i32;
         let asked = |bytes: f64| if bytes < OPEN_MPI_EAGER { 1.0 } else { 3.0 };
-        if ranks < 4 || n < OPEN_MPI_SMALL {
+        if n < ring::LARGE as f64 {
             return Cost { latencies: 2.0 * f64::from(depth) * asked(n), bytes: 2.0 * log2_up(ranks) * n };
         }
-        let latencies: f64 = (1..=depth).map(|round| asked(n / 2f64.powi(round))).sum();
-        Cost { latencies: 2.0 * latencies, bytes: 2.0 * (k - 1.0) / k * n }
+        if ring::takes(n as usize, ranks) {
+            let Cost { latencies, bytes } = Cost::ring(n, ranks);
+            return Cost { latencies: latencies * asked(n / ranks as f64), bytes };
+        }
+        let rounds: f64 = (1..=depth).map(|round| asked(n / 2f64.powi(round))).sum();
+        let (folded, k) = (!ranks.is_power_of_two(), 2f64.powi(depth));
+        let fold = if folded { (2.0 * asked(n / 2.0) + asked(n), 2.0 * n) } else { (0.0, 0.0) };
+        Cost { latencies: 2.0 * rounds + fold.0, bytes: 2.0 * (k - 1.0) / k * n + fold.1 }
     }
 
     /// A ring of K ranks: 2 (K−1) (α + n/(Kβ)).
@@ -117,7 +126,7 @@ impl Sum {
         let cost = match self {
             _ if ranks == 1 => Cost { latencies: 0.0, bytes: 0.0 },
             Sum::OpenMpi if ranks <= 4 => Cost { latencies: 1.0, bytes: others * n },
-            Sum::OpenMpi => Cost { latencies: others, bytes: n + (others - 1.0) * OPEN_MPI_SMALL.min(n) },
+            Sum::OpenMpi => Cost { latencies: others, bytes: n + (others - 1.0) * OPEN_MPI_SEGMENT.min(n) },
             Sum::Nccl => Cost { latencies: others, bytes: n },
         };
         cost.seconds(machine.link(ranks))
@@ -159,10 +168,14 @@ mod tests {
         let near = |[a, b]: [f64; 2], [c, d]: [f64; 2]| {
             assert!((a - c).abs() < 1e-9 * c && (b - d).abs() <= 1e-9 * d, "{a}, {b} against {c}, {d}")
         };
-        near(duration(Sum::OpenMpi, 1e6, 2), [2000.0, 6.0]);
-        near(duration(Sum::OpenMpi, 1e6, 3), [4000.0, 6.0]);
+        // Rings; the pieces of 33 kB of the second are not announced.
+        near(duration(Sum::OpenMpi, 1e6, 2), [1000.0, 6.0]);
+        near(duration(Sum::OpenMpi, 99e3, 3), [132.0, 4.0]);
+        near(duration(Sum::OpenMpi, 1e6, 5), [16_000.0, 240.0]);
         near(duration(Sum::OpenMpi, 1e6, 4), [1500.0, 12.0]);
         near(duration(Sum::OpenMpi, 1e6, 8), [17_500.0, 180.0]);
+        // 4 of 12 ranks are folded onto the others.
+        near(duration(Sum::OpenMpi, 1e6, 12), [37_500.0, 270.0]);
         // Rounds of 50 and 25 kB; then the whole up and down a tree.
         near(duration(Sum::OpenMpi, 1e5, 4), [150.0, 4.0]);
         near(duration(Sum::OpenMpi, 1e3, 4), [4.0, 4.0]);
