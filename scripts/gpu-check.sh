@@ -184,6 +184,7 @@ gpt2=(--set model.width=768 --set model.heads=12 --set data.context=1024)
 check_speed() {
     step "the paper's net, f32" --set model.dtype=f32
     step "the paper's net, bf16" --set model.dtype=bf16
+    VCYCLE_CUDA_GRAPHS=0 step "the paper's net, bf16, without graphs" --set model.dtype=bf16
     step "GPT-2 124M, B = 8, bf16" --set model.dtype=bf16 "${gpt2[@]}" --set data.batch=8
     step "GPT-2 124M, B = 32, bf16" --set model.dtype=bf16 "${gpt2[@]}" --set data.batch=32
 }

@@ -12,7 +12,7 @@ use super::integrator::one_step;
 use super::params::Params;
 use super::tape::{self, Extent, Workspace};
 use crate::error::{Result, ensure};
-use crate::ops::{access, classifier, embedding, layer_norm};
+use crate::ops::{access, classifier, embedding, layer_norm, replay::Replay};
 use candle_core::{DType, Device, Tensor};
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -33,6 +33,7 @@ pub struct Net {
     buffers: Vec<Tensor>,
     /// Views of the buffers for a number of sequences of a length, made when first used.
     workspaces: HashMap<[usize; 2], Workspace>,
+    replay: Replay,
 }
 
 impl Net {
@@ -41,7 +42,7 @@ impl Net {
         ensure!(micro_batch > 0, "a micro-batch has at least one sequence");
         let extent = Extent::new(spec, max_rows, micro_batch);
         let buffers = tape::allocate(spec, extent, dtype, device)?;
-        Ok(Net { spec: spec.clone(), extent, dtype, buffers, workspaces: HashMap::new() })
+        Ok(Net { spec: spec.clone(), extent, dtype, buffers, workspaces: HashMap::new(), replay: Replay::default() })
     }
 
     /// Bytes that [`Net::new`] takes for `spec.dtype`.
@@ -59,7 +60,7 @@ impl Net {
     /// Σ over tokens of the cross-entropy, forward only. `tokens` and `targets` hold whole sequences of
     /// `params.context()`, no more entries than `micro_batch` sequences of the spec's length.
     pub fn loss(&mut self, params: &Params, tokens: &[u32], targets: &[u32]) -> Result<f64> {
-        let pass = self.pass(params, tokens, targets)?;
+        let (pass, _) = self.pass(params, tokens, targets)?;
         pass.forward()?;
         let w = pass.work;
         classifier::loss(pass.spec.factors, &w.scratch.normed, &params.ends.head, &w.targets, &w.logits)
@@ -77,14 +78,18 @@ impl Net {
         ready: &mut dyn FnMut(Ready) -> Result<()>,
     ) -> Result<f64> {
         ensure!(grads.rows() == params.rows(), "{} rows but gradients of {}", params.rows(), grads.rows());
-        let pass = self.pass(params, tokens, targets)?;
-        pass.forward()?;
-        pass.adjoint(grads, scale, ready)
+        let (pass, replay) = self.pass(params, tokens, targets)?;
+        pass.gradient(grads, scale, replay, ready)
     }
 
     /// Checks the arguments and brings the batch to the device.
-    fn pass<'a>(&'a mut self, params: &'a Params, tokens: &[u32], targets: &[u32]) -> Result<Pass<'a>> {
-        let Net { spec, extent, dtype, buffers, workspaces } = self;
+    fn pass<'a>(
+        &'a mut self,
+        params: &'a Params,
+        tokens: &[u32],
+        targets: &[u32],
+    ) -> Result<(Pass<'a>, &'a mut Replay)> {
+        let Net { spec, extent, dtype, buffers, workspaces, replay } = self;
         let context = params.context()?;
         ensure!(
             !tokens.is_empty() && tokens.len().is_multiple_of(context) && targets.len() == tokens.len(),
@@ -110,7 +115,7 @@ impl Net {
         };
         access::upload_u32(tokens, &work.tokens)?;
         access::upload_u32(targets, &work.targets)?;
-        Ok(Pass { spec, context, params, work })
+        Ok((Pass { spec, context, params, work }, replay))
     }
 }
 
@@ -150,23 +155,41 @@ impl Pass<'_> {
         layer_norm::forward(self.last_state(), &ends.ln_f, &w.scratch.normed, &w.stats_f)
     }
 
-    /// The loss, and grads += scale · gradient; `forward` has just run.
-    fn adjoint(&self, grads: &Params, scale: f64, ready: &mut dyn FnMut(Ready) -> Result<()>) -> Result<f64> {
-        let (w, rows) = (self.work, self.params.rows());
-        self.head_adjoint(grads, scale)?;
-        let method = one_step(self.spec.integrator);
+    /// The loss, and grads += scale · gradient.
+    fn gradient(
+        &self,
+        grads: &Params,
+        scale: f64,
+        replay: &mut Replay,
+        ready: &mut dyn FnMut(Ready) -> Result<()>,
+    ) -> Result<f64> {
+        let Pass { params, work: w, .. } = *self;
+        let rows = params.rows();
+        let sequences = w.tokens.elem_count() / self.context;
+        let numbers = [sequences as u64, self.context as u64, scale.to_bits(), params.h.to_bits()];
+        let mut pass = replay.pass(&numbers, params.storage().chain(grads.storage()))?;
+        pass.stretch(0, &|| {
+            self.forward()?;
+            self.head_adjoint(grads, scale)
+        })?;
         for n in (0..rows).rev() {
-            // The shared activations still hold the last block's.
-            if self.spec.recompute && n + 1 < rows {
-                self.step(n)?;
-            }
-            method.adjoint(&self.field(n), &grads.blocks[n], self.params.h, &w.evaluations[n], &w.lambda)?;
+            pass.stretch(rows - n, &|| self.block_adjoint(grads, n))?;
             ready(Ready::Block(n))?;
         }
-        embedding::backward(&w.tokens, &w.lambda, &grads.ends.wte, &grads.ends.wpe)?; // +=
+        pass.stretch(rows + 1, &|| embedding::backward(&w.tokens, &w.lambda, &grads.ends.wte, &grads.ends.wpe))?; // +=
         ready(Ready::Ends)?;
         // Only now: a GPU is given all of the way back before anyone waits for it.
         Ok(access::read::<f64>(&w.loss)?[0])
+    }
+
+    /// λ_n from λ_{n+1}, grads +=. The blocks after it have been done.
+    fn block_adjoint(&self, grads: &Params, n: usize) -> Result<()> {
+        let (w, method) = (self.work, one_step(self.spec.integrator));
+        // The shared activations still hold the last block's.
+        if self.spec.recompute && n + 1 < self.params.rows() {
+            self.step(n)?;
+        }
+        method.adjoint(&self.field(n), &grads.blocks[n], self.params.h, &w.evaluations[n], &w.lambda)
     }
 
     /// The loss, and λ = scale · ∂L/∂x_N, the gradients of head and final layer norm +=. A tied head adds to that of wte.
@@ -200,7 +223,7 @@ mod tests {
     use crate::config::Integrator;
     use crate::model::Layout;
     use crate::ops::matrix::Factors;
-    use crate::ops::testing::{assert_all_close, assert_close, assert_gpu_equals_cpu, constant, random};
+    use crate::ops::testing::{assert_all_close, assert_close, assert_gpu_equals_cpu, constant, on_gpu, random};
 
     /// Loss and gradient of short sequences are those of a net that has no later positions.
     #[test]
@@ -255,6 +278,45 @@ mod tests {
         let ((loss, gradient), (rounded_loss, rounded_gradient)) = (run(&exact), run(&rounded));
         assert!(loss != rounded_loss && (loss - rounded_loss).abs() < 2e-2 * loss, "{rounded_loss} is not {loss}");
         assert_all_close(&rounded_gradient, &gradient, 2e-2);
+    }
+
+    /// Micro-batches of two levels in turn: the first of a kind goes kernel by kernel, the next ones as graphs. Bits are those of new
+    /// nets, which go kernel by kernel always.
+    #[test]
+    fn a_gpus_gradient_repeats() {
+        let spec = Spec { width: 16, depth: 2, ..Spec::small() };
+        let sizes = [[2, Layout::block(&spec).len()], [1, Layout::ends(&spec).len()]];
+        let tokens: Vec<u32> = (0..2 * spec.context).map(|i| (i * i % spec.vocab) as u32).collect();
+        let gradients = |device: &Device, keep: bool| {
+            let [theta, theta_ends] = sizes.map(|size| random(&size, DType::F32, 1).to_device(device).unwrap());
+            let [grad, grad_ends] = sizes.map(|size| Tensor::zeros(&size, DType::F32, device).unwrap());
+            let level = |rows: &[usize], h: f64| {
+                let [params, grads] = [(&theta, &theta_ends), (&grad, &grad_ends)]
+                    .map(|(rows_of, ends)| Params::view(&spec, rows_of, rows, ends, h).unwrap());
+                (params, grads)
+            };
+            let levels = [level(&[0, 1], 0.5), level(&[1], 1.0)];
+            let new = || Net::new(&spec, 2, 2, DType::F32, device).unwrap();
+            let mut net = new();
+            let mut bits = Vec::new();
+            for scale in [0.1, 0.1, 0.1, 0.2] {
+                for (params, grads) in &levels {
+                    for sequences in [2, 1] {
+                        if !keep {
+                            net = new();
+                        }
+                        let tokens = &tokens[..sequences * spec.context];
+                        let loss = net.loss_and_gradient(params, grads, tokens, tokens, scale, &mut |_| Ok(()));
+                        bits.push(loss.unwrap().to_bits());
+                    }
+                }
+                let values = [&grad, &grad_ends].map(|x| x.flatten_all().unwrap().to_vec1::<f32>().unwrap()).concat();
+                bits.extend(values.into_iter().map(|x| u64::from(x.to_bits())));
+            }
+            bits
+        };
+        let [kept, new] = [true, false].map(|keep| on_gpu(|device| gradients(device, keep)));
+        assert!(kept == new, "a graph does something else than its kernels");
     }
 
     /// The loss and the whole gradient, through every op in the order of a step.

@@ -80,6 +80,11 @@ impl Params {
     pub fn rows(&self) -> usize {
         self.blocks.len()
     }
+
+    /// What these are views of: where it begins says where each of them does.
+    pub(super) fn storage(&self) -> impl Iterator<Item = &Tensor> {
+        self.storage.iter()
+    }
 }
 
 /// Copies of parameters in the element type that a net computes in: θ itself stays f32, products take bf16.

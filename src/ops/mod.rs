@@ -26,6 +26,7 @@ pub mod norm;
 pub mod packed;
 pub mod profile;
 pub mod real;
+pub mod replay;
 pub mod residual;
 
 #[cfg(test)]

@@ -43,6 +43,12 @@ pub fn disable() {
     ON.store(false, Ordering::Relaxed);
 }
 
+/// Whether ops are timed.
+#[cfg(any(feature = "cuda", test))]
+pub fn is_on() -> bool {
+    ON.load(Ordering::Relaxed)
+}
+
 /// Times `op` until the end of the scope.
 #[inline]
 pub fn time(op: &'static str) -> Timer {

@@ -16,6 +16,12 @@ use std::sync::OnceLock;
 struct Library {
     kernels: Kernels,
     set_reversed: unsafe extern "C" fn(c_int),
+    // Graphs: emulate/control.cpp.
+    capture: unsafe extern "C" fn() -> *mut c_void,
+    end_capture: unsafe extern "C" fn(),
+    length: unsafe extern "C" fn(*const c_void) -> usize,
+    launch: unsafe extern "C" fn(*const c_void, usize, usize),
+    free: unsafe extern "C" fn(*mut c_void),
 }
 
 static LIBRARY: OnceLock<Option<Library>> = OnceLock::new();
@@ -23,6 +29,58 @@ static LIBRARY: OnceLock<Option<Library>> = OnceLock::new();
 thread_local! {
     static ON: Cell<bool> = const { Cell::new(false) };
     static SCRATCH: RefCell<Vec<u128>> = const { RefCell::new(Vec::new()) };
+    static CAPTURED: RefCell<Option<Graph>> = const { RefCell::new(None) };
+}
+
+/// What was launched in a [`capture`], not done yet: launches, kept by the library, and products.
+pub struct Graph {
+    launches: *mut c_void,
+    /// Each with the number of launches before it.
+    products: Vec<(usize, Product)>,
+}
+
+/// Arguments of [`multiply`].
+type Product = ([usize; 3], f64, Operand, Operand, f64, Operand);
+
+/// As CUDA does: what `work` launches is kept, and none of it done.
+pub fn capture(work: &dyn Fn() -> crate::error::Result<()>) -> crate::error::Result<Graph> {
+    let library = library();
+    // SAFETY: captures what this thread launches, until the end below; `launch` frees what was captured.
+    let launches = unsafe { (library.capture)() };
+    CAPTURED.set(Some(Graph { launches, products: Vec::new() }));
+    let launched = work();
+    // SAFETY: ends the capture above.
+    unsafe { (library.end_capture)() };
+    let graph = CAPTURED.take().expect("set above");
+    launched.map(|()| graph)
+}
+
+impl Graph {
+    pub fn launch(&self) {
+        let library = library();
+        // SAFETY: the library's own graph; its tensors are those of the net that keeps it.
+        let launch = |begin, end| unsafe { (library.launch)(self.launches, begin, end) };
+        let mut begin = 0;
+        for &(end, (shape, alpha, a, b, beta, c)) in &self.products {
+            launch(begin, end);
+            multiply(shape, alpha, a, b, beta, c);
+            begin = end;
+        }
+        // SAFETY: as above.
+        launch(begin, unsafe { (library.length)(self.launches) });
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: made by the library, and dropped once.
+        unsafe { (library().free)(self.launches) }
+    }
+}
+
+/// Panics where what comes would wait for the device or copy to it, which a graph cannot.
+pub fn assert_not_captured(what: &str) {
+    CAPTURED.with_borrow(|captured| assert!(captured.is_none(), "{what} while a graph is captured"));
 }
 
 /// Runs `f` with the kernels emulated on this thread, twice: threads and blocks from first to last, then from last to
@@ -45,6 +103,10 @@ pub fn run<R: PartialEq>(f: impl Fn() -> R) -> Option<R> {
     Some(result)
 }
 
+fn library() -> &'static Library {
+    LIBRARY.get().and_then(Option::as_ref).expect("loaded by `run`")
+}
+
 /// The emulated kernels, inside [`run`].
 pub fn kernels() -> Option<&'static Kernels> {
     let library = LIBRARY.get()?.as_ref()?;
@@ -64,11 +126,22 @@ fn load() -> Option<Library> {
         assert!(!address.is_null(), "no kernel defines {name:?}");
         address
     };
-    // SAFETY: compiled from the .cu files beside the declarations; the flag's setter is theirs too.
+    macro_rules! function {
+        ($name:literal: $type:ty) => {
+            std::mem::transmute::<*mut c_void, $type>(symbol($name))
+        };
+    }
+    // SAFETY: compiled from the sources beside the declarations.
     unsafe {
-        let set_reversed = symbol("vcycle_emulate_reversed");
-        let set_reversed = std::mem::transmute::<*mut c_void, unsafe extern "C" fn(c_int)>(set_reversed);
-        Some(Library { kernels: Kernels::found(symbol), set_reversed })
+        Some(Library {
+            kernels: Kernels::found(symbol),
+            set_reversed: function!("vcycle_emulate_reversed": unsafe extern "C" fn(c_int)),
+            capture: function!("vcycle_emulate_capture": unsafe extern "C" fn() -> *mut c_void),
+            end_capture: function!("vcycle_emulate_end_capture": unsafe extern "C" fn()),
+            length: function!("vcycle_emulate_length": unsafe extern "C" fn(*const c_void) -> usize),
+            launch: function!("vcycle_emulate_launch": unsafe extern "C" fn(*const c_void, usize, usize)),
+            free: function!("vcycle_emulate_free": unsafe extern "C" fn(*mut c_void)),
+        })
     }
 }
 
@@ -91,7 +164,7 @@ fn compile() -> Option<PathBuf> {
         .args(["-DVCYCLE_EMULATE", "-shared", "-fPIC", "-o"])
         .arg(partial.path())
         .args(["-x", "c++"])
-        .args(sources.iter().filter(|file| file.extension() == Some(OsStr::new("cu"))))
+        .args(sources.iter().filter(|file| ["cu", "cpp"].map(OsStr::new).map(Some).contains(&file.extension())))
         .output()
         .expect("g++ starts");
     assert!(output.status.success(), "the kernels do not compile:\n{}", String::from_utf8_lossy(&output.stderr));
@@ -143,8 +216,18 @@ pub fn scratch(bytes: usize) -> Address {
     })
 }
 
-/// c = alpha a b + beta c.
+/// c = alpha a b + beta c, now or when the graph is launched.
 pub fn multiply([m, n, k]: [usize; 3], alpha: f64, a: Operand, b: Operand, beta: f64, c: Operand) {
+    let captured = CAPTURED.with_borrow_mut(|captured| {
+        let Some(graph) = captured else { return false };
+        // SAFETY: the graph that is captured.
+        let before = unsafe { (library().length)(graph.launches) };
+        graph.products.push((before, ([m, n, k], alpha, a, b, beta, c)));
+        true
+    });
+    if captured {
+        return;
+    }
     let shape = |rows, columns, operand: &Operand| if operand.transposed { (columns, rows) } else { (rows, columns) };
     let ((a_rows, a_columns), (b_rows, b_columns)) = (shape(m, k, &a), shape(k, n, &b));
     let (a_values, b_values) = (values(&a, a_rows, a_columns), values(&b, b_rows, b_columns));

@@ -36,6 +36,24 @@ enum Machine {
     Emulated(&'static Kernels),
 }
 
+/// A stretch of launches that repeats.
+#[derive(Default)]
+pub enum Kept {
+    /// It has not been here.
+    #[default]
+    New,
+    /// Launched once: what CUDA and cuBLAS load when first used is there.
+    Seen,
+    Graph(Graph),
+}
+
+pub enum Graph {
+    #[cfg(feature = "cuda")]
+    Device(device::Graph),
+    #[cfg(all(test, not(feature = "cuda")))]
+    Emulated(emulate::Graph),
+}
+
 /// A matrix in a product: row-major, its rows `pitch` elements apart.
 #[derive(Clone, Copy)]
 pub struct Operand {
@@ -95,6 +113,40 @@ impl Gpu {
             unsafe { CStr::from_ptr((kernels.error_text)(code)) }.to_string_lossy()
         );
         Ok(())
+    }
+
+    /// Does what `work` does, which only launches, and the same whenever it comes with this `kept`: the first time kernel by
+    /// kernel, then as a graph.
+    pub fn replay(&self, kept: &mut Kept, work: &dyn Fn() -> Result<()>) -> Result<()> {
+        match kept {
+            Kept::New => {
+                work()?;
+                *kept = Kept::Seen;
+                return Ok(());
+            }
+            Kept::Seen => *kept = Kept::Graph(self.capture(work)?),
+            Kept::Graph(_) => {}
+        }
+        let Kept::Graph(graph) = kept else { unreachable!("captured above") };
+        match graph {
+            #[cfg(feature = "cuda")]
+            Graph::Device(graph) => graph.launch(),
+            #[cfg(all(test, not(feature = "cuda")))]
+            Graph::Emulated(graph) => {
+                graph.launch();
+                Ok(())
+            }
+        }
+    }
+
+    /// The launches of `work`, none of them done.
+    fn capture(&self, work: &dyn Fn() -> Result<()>) -> Result<Graph> {
+        match &self.machine {
+            #[cfg(feature = "cuda")]
+            Machine::Device(device) => device::capture(device, work).map(Graph::Device),
+            #[cfg(all(test, not(feature = "cuda")))]
+            Machine::Emulated(_) => emulate::capture(work).map(Graph::Emulated),
+        }
     }
 
     fn stream(&self) -> Result<Stream> {
@@ -174,9 +226,12 @@ impl Gpu {
         match &self.machine {
             #[cfg(feature = "cuda")]
             Machine::Device(device) => device::read_f64s(device, address, count),
-            // SAFETY: what the caller has had written there.
             #[cfg(all(test, not(feature = "cuda")))]
-            Machine::Emulated(_) => Ok((0..count).map(|i| unsafe { *(address.0 as *const f64).add(i) }).collect()),
+            Machine::Emulated(_) => {
+                emulate::assert_not_captured("a number is read");
+                // SAFETY: what the caller has had written there.
+                Ok((0..count).map(|i| unsafe { *(address.0 as *const f64).add(i) }).collect())
+            }
         }
     }
 
@@ -188,6 +243,7 @@ impl Gpu {
             Machine::Device(device) => device::upload_u32(device, source, out),
             #[cfg(all(test, not(feature = "cuda")))]
             Machine::Emulated(_) => {
+                emulate::assert_not_captured("tokens are uploaded");
                 // SAFETY: the caller has compared the lengths.
                 unsafe { std::ptr::copy_nonoverlapping(source.as_ptr(), out.0 as *mut u32, source.len()) };
                 Ok(())

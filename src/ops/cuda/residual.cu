@@ -76,7 +76,3 @@ extern "C" int vcycle_cast(int from, int to, const void* source, void* out, size
 }
 
 extern "C" const char* vcycle_error_text(int code) { return cudaGetErrorString(cudaError_t(code)); }
-
-#ifdef VCYCLE_EMULATE
-extern "C" void vcycle_emulate_reversed(int on) { emulate::reversed = on; }
-#endif

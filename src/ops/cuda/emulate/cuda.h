@@ -3,7 +3,7 @@
 // Blocks run one after the other. The threads of a block are fibers of one host thread: each runs until it waits at
 // a barrier (a warp's shuffle is one), then the next runs. Shared memory begins as NaN and ends in a canary. A
 // barrier that not all of its threads reach ends the process with a message. With the order reversed, threads and blocks run
-// last to first: a result that depends on the order shows a race.
+// last to first: a result that depends on the order shows a race. What is launched while a graph is captured is kept there and not done.
 #pragma once
 #include <csetjmp>
 #include <cmath>
@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <vector>
@@ -29,11 +30,6 @@ using cudaStream_t = void*;
 using cudaError_t = int;
 enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaMemcpyDeviceToDevice = 3 };
 inline const char* cudaGetErrorString(int code) { return code ? "invalid value" : "no error"; }
-inline int cudaMemcpyAsync(void* out, const void* source, size_t bytes, int, cudaStream_t) {
-    std::memcpy(out, source, bytes);
-    return cudaSuccess;
-}
-
 // bfloat16: the upper half of a float, rounded to nearest, ties to even; NaN stays NaN.
 struct __nv_bfloat16 {
     uint16_t bits;
@@ -101,6 +97,17 @@ struct Machine {
 inline thread_local Machine machine;
 // Set by the tests.
 inline thread_local bool reversed = false;
+
+using Graph = std::vector<std::function<void()>>;
+// The graph that is captured, or null.
+inline thread_local Graph* graph = nullptr;
+
+// Does the work, now or when the graph is launched.
+inline int submit(std::function<void()> work) {
+    if (graph) graph->push_back(std::move(work));
+    else work();
+    return cudaSuccess;
+}
 
 [[noreturn]] inline void fail(const char* what) {
     std::fprintf(stderr, "emulated kernel: %s\n", what);
@@ -271,11 +278,14 @@ T* shared_memory() {
 
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t, Arguments... arguments) {
-    auto body = [&] { kernel(Parameters(arguments)...); };
-    emulate::machine.body = [](void* pointer) { (*static_cast<decltype(body)*>(pointer))(); };
-    emulate::machine.arguments = &body;
-    emulate::run_grid(grid, block, shared);
-    return cudaSuccess;
+    return emulate::submit([=] {
+        auto body = [&] { kernel(Parameters(arguments)...); };
+        emulate::machine.body = [](void* pointer) { (*static_cast<decltype(body)*>(pointer))(); };
+        emulate::machine.arguments = &body;
+        emulate::run_grid(grid, block, shared);
+    });
 }
 
-extern "C" void vcycle_emulate_reversed(int on);
+inline int cudaMemcpyAsync(void* out, const void* source, size_t bytes, int, cudaStream_t) {
+    return emulate::submit([=] { std::memcpy(out, source, bytes); });
+}
