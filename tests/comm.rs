@@ -391,7 +391,7 @@ mod processes {
 
     #[test]
     fn laws_hold_for_processes() {
-        for ranks in [1, 2, 3, 4, 8] {
+        for ranks in [1, 2, 3, 4, 5, 8] {
             succeeds(ranks, "laws");
         }
     }

@@ -66,7 +66,7 @@ impl Session {
             unfinished: Cell::new(false),
             waited: Cell::default(),
             roll: RollCall::new()?,
-            algorithm: Algorithm::new(),
+            algorithm: Algorithm::find(),
             mover: if serialized { Mover::start().context("cannot start a thread")? } else { Mover::default() },
         }))
     }

@@ -45,7 +45,8 @@ mod variable {
     }
 
     impl Algorithm {
-        pub fn new() -> Algorithm {
+        /// Looks for it.
+        pub fn find() -> Algorithm {
             // SAFETY: each call gets places for what it returns; MPI_T may be initialised at any time, and more than once.
             unsafe {
                 let (mut provided, mut index, mut count, mut handle) = (0, 0, 0, std::ptr::null_mut());

@@ -184,13 +184,13 @@ impl Model<'_> {
     pub fn compute_seconds(&self, level: usize, ranks: usize) -> f64 {
         let batch = self.config.batch(level);
         let share = batch.div_ceil(ranks) as f64 / batch as f64;
-        share * cycle::level_flops(self.config, self.spec, level).total as f64 / self.speed(self.ranks)
+        share * cycle::level_flops(self.config, self.spec, level).total as f64 / self.speed(self.ranks as f64)
     }
 
     /// φ(n): FLOP/s of a rank while so many of all ranks compute, on each node its share of them.
-    pub fn speed(&self, computing: usize) -> f64 {
-        let on_a_node = self.machine.shape(self.ranks).1;
-        self.machine.speed((computing * on_a_node) as f64 / self.ranks as f64)
+    pub fn speed(&self, computing: f64) -> f64 {
+        let on_a_node = self.machine.shape(self.ranks).1 as f64;
+        self.machine.speed(computing * on_a_node / self.ranks as f64)
     }
 
     /// t_u of so many rows and the ends.
@@ -229,7 +229,7 @@ impl Model<'_> {
         let (share, micro_batch) = (config.batch(level).div_ceil(ranks), run::micro_batch(config, ranks));
         let last = if share.is_multiple_of(micro_batch) { micro_batch } else { share % micro_batch };
         let part = last as f64 / (config.batch(level) * rows) as f64;
-        let backward_of_a_block = 2.0 / 3.0 * part * blocks as f64 / self.speed(self.ranks);
+        let backward_of_a_block = 2.0 / 3.0 * part * blocks as f64 / self.speed(self.ranks as f64);
         let widths: Vec<usize> = std::iter::repeat_n(self.row(), rows).chain(ends.then(|| self.ends())).collect();
         let ready = |added: usize| end - rows.saturating_sub(added) as f64 * backward_of_a_block;
         Buckets::cut(&widths).into_iter().map(|(added, values)| Message { ready: ready(added), values }).collect()
