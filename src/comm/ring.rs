@@ -29,6 +29,7 @@ mod variable {
     use std::ffi::{CStr, c_int};
 
     const NAME: &CStr = c"coll_libnbc_iallreduce_algorithm";
+    const SUCCESS: c_int = ffi::MPI_SUCCESS as c_int;
 
     #[derive(Clone, Copy)]
     #[repr(i32)]
@@ -79,8 +80,6 @@ mod variable {
             }
         }
     }
-
-    const SUCCESS: c_int = ffi::MPI_SUCCESS as c_int;
 }
 
 #[cfg(test)]

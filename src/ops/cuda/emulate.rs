@@ -45,7 +45,7 @@ type Product = ([usize; 3], f64, Operand, Operand, f64, Operand);
 /// As CUDA does: what `work` launches is kept, and none of it done.
 pub fn capture(work: &dyn Fn() -> crate::error::Result<()>) -> crate::error::Result<Graph> {
     let library = library();
-    // SAFETY: captures what this thread launches, until the end below; `launch` frees what was captured.
+    // SAFETY: captures what this thread launches, until the end below; the graph frees it when it is dropped.
     let launches = unsafe { (library.capture)() };
     CAPTURED.set(Some(Graph { launches, products: Vec::new() }));
     let launched = work();
