@@ -158,11 +158,18 @@ impl Model<'_> {
         let messages = self.messages(level, ranks, ends);
         let duration = |values: usize| self.duration(values, ranks);
         let scattered = if self.is_sharded(ranks) { 0.5 } else { 1.0 };
-        let sums_s = last_end(&messages, 0.0, self.machine.overlap, duration);
-        let end = last_end(&messages, compute_s, self.machine.overlap, |values| scattered * duration(values));
+        let sums_s = last_end(&messages, 0.0, self.overlap(ranks), duration);
+        let end = last_end(&messages, compute_s, self.overlap(ranks), |values| scattered * duration(values));
         let gather_s = (1.0 - scattered) * sums_s;
         let exposed_s = if ranks > 1 { (end - compute_s).max(0.0) + gather_s } else { 0.0 };
         Step { compute_s, update_s: self.update_seconds(self.config.rows(level), ranks), sums_s, exposed_s }
+    }
+
+    /// ω of sums over `ranks` of all ranks. What they cost more beside computing, ω < 0, they take of cores that all ranks share:
+    /// fewer ranks take less.
+    fn overlap(&self, ranks: usize) -> f64 {
+        let overlap = self.machine.overlap;
+        if overlap < 0.0 { overlap * ranks as f64 / self.ranks as f64 } else { overlap }
     }
 
     /// How long a sum of `values` f32 over `ranks` ranks takes.
@@ -184,13 +191,13 @@ impl Model<'_> {
     pub fn compute_seconds(&self, level: usize, ranks: usize) -> f64 {
         let batch = self.config.batch(level);
         let share = batch.div_ceil(ranks) as f64 / batch as f64;
-        share * cycle::level_flops(self.config, self.spec, level).total as f64 / self.speed(self.ranks as f64)
+        share * cycle::level_flops(self.config, self.spec, level).total as f64 / self.speed(self.ranks)
     }
 
     /// φ(n): FLOP/s of a rank while so many of all ranks compute, on each node its share of them.
-    pub fn speed(&self, computing: f64) -> f64 {
-        let on_a_node = self.machine.shape(self.ranks).1 as f64;
-        self.machine.speed(computing * on_a_node / self.ranks as f64)
+    pub fn speed(&self, computing: usize) -> f64 {
+        let on_a_node = self.machine.shape(self.ranks).1;
+        self.machine.speed((computing * on_a_node) as f64 / self.ranks as f64)
     }
 
     /// t_u of so many rows and the ends.
@@ -229,7 +236,7 @@ impl Model<'_> {
         let (share, micro_batch) = (config.batch(level).div_ceil(ranks), run::micro_batch(config, ranks));
         let last = if share.is_multiple_of(micro_batch) { micro_batch } else { share % micro_batch };
         let part = last as f64 / (config.batch(level) * rows) as f64;
-        let backward_of_a_block = 2.0 / 3.0 * part * blocks as f64 / self.speed(self.ranks as f64);
+        let backward_of_a_block = 2.0 / 3.0 * part * blocks as f64 / self.speed(self.ranks);
         let widths: Vec<usize> = std::iter::repeat_n(self.row(), rows).chain(ends.then(|| self.ends())).collect();
         let ready = |added: usize| end - rows.saturating_sub(added) as f64 * backward_of_a_block;
         Buckets::cut(&widths).into_iter().map(|(added, values)| Message { ready: ready(added), values }).collect()
@@ -300,6 +307,18 @@ mod tests {
         assert_eq!(end(&[4.0, 5.0], -0.5), 16.0);
         assert_eq!(end(&[9.0, 10.0], -0.5), 14.5);
         assert_eq!(end(&[10.0], -0.5), 12.0);
+    }
+
+    #[test]
+    fn sums_of_fewer_ranks_cost_less_beside_computing() {
+        let config = config("");
+        let spec = Spec::new(&config);
+        let exposed = |overlap, ranks| {
+            let machine = Machine { overlap, ..machine() };
+            Model { config: &config, spec: &spec, machine: &machine, ranks }.step(0, 2, true).exposed_s
+        };
+        assert_eq!(exposed(-1.0, 4), exposed(-0.5, 2));
+        assert!(exposed(-1.0, 4) > exposed(0.0, 4));
     }
 
     #[test]

@@ -7,7 +7,7 @@
 //! at the end, to all       cosets: every row and its moments; beside: both sides, and three forward passes of a batch
 //! ```
 //!
-//! A group that waits, for its sums or for slower groups, leaves the others what it shares with them of a node: φ(n) in `file.rs`.
+//! A group that waits for slower ones leaves them what it shares with them of a node: φ(n) in `file.rs`.
 
 use super::forecast::{LevelForecast, Model, in_turn};
 use crate::cycle::{Coset, Op, Places, own_cosets};
@@ -97,17 +97,18 @@ impl GroupForecast {
     }
 }
 
-/// `groups` as if all ranks computed all the time → while a group waits, the others compute faster: group i, of r_i ranks, takes
-/// c_i φ(K)/φ(n_i) instead of c_i, where n_i = r_i + Σ_{j≠i} r_j c_j/T ranks compute on average while it does. T: the longest group's
-/// time.
+/// `groups` as if all computed to the end → the last ones compute faster from when the first are done. While n of K ranks are left,
+/// the share of a group's time in which it computes shrinks to φ(K)/φ(n).
 fn share_nodes(model: &Model, groups: &mut [GroupForecast]) {
-    let longest = groups.iter().map(GroupForecast::seconds).fold(0.0, f64::max);
-    let of_group = |group: &GroupForecast| group.ranks as f64 * group.compute_s / longest;
-    let all: f64 = groups.iter().map(of_group).sum();
-    let together = model.speed(model.ranks as f64);
-    for group in groups {
-        let computing = group.ranks as f64 + all - of_group(group);
-        group.compute_s *= together / model.speed(computing);
+    let together = model.speed(model.ranks);
+    let (mut left, mut ended) = (model.ranks, 0.0);
+    let mut order: Vec<(f64, usize)> = groups.iter().map(GroupForecast::seconds).zip(0..).collect();
+    order.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let shares: Vec<f64> = groups.iter().map(|group| group.compute_s / group.seconds()).collect();
+    for (place, &(end, first)) in order.iter().enumerate() {
+        let saved = (end - ended) * (1.0 - together / model.speed(left));
+        order[place..].iter().for_each(|&(_, group)| groups[group].compute_s -= saved * shares[group]);
+        (left, ended) = (left - groups[first].ranks, end);
     }
 }
 
@@ -209,18 +210,5 @@ mod tests {
         let twice = Machine { flops_alone: Some(2e12), memory_bandwidth: 1e30, within: free, ..machine() };
         let twice = compute(&forecast_on(&twice, BESIDE, 4).stages[0]);
         assert!(compute(&shared) <= twice && twice < compute(&own), "{twice}");
-    }
-
-    /// Two groups of two ranks, which wait for their sums in the share 1 − s of their time: 2 + 2 s of 4 ranks compute.
-    #[test]
-    fn a_group_that_sums_leaves_its_node_to_the_others() {
-        let own = machine();
-        let shared = Machine { flops_alone: Some(4.0 * own.flops), ..own.clone() };
-        let [own, shared] = [own, shared].map(|machine| forecast_on(&machine, COSETS, 4).stages.remove(0));
-        let group = &own.groups[0];
-        let share = group.compute_s / group.seconds();
-        assert!(share < 0.9 && group == &own.groups[1], "{group:?}");
-        let saved = shared.groups[0].compute_s / group.compute_s;
-        assert!((saved - (1.0 + share) / 2.0).abs() < 1e-12, "{saved} with {share}");
     }
 }
