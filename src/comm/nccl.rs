@@ -149,6 +149,15 @@ impl Nccl {
         TimedOut::new(self.rank(), op, self.timeout, &why, Duration::ZERO).into()
     }
 
+    /// False if not all ranks have come to it in time. Their hosts do not meet then: a rank that leaves after an error would be
+    /// taken for one that waits as the others do.
+    fn take_leave(&mut self) -> Result<bool> {
+        let op = &"leave";
+        self.timeout = MEET_FOR;
+        self.expect(unsafe { sys::ncclCommFinalize(self.comm) }, op)?;
+        self.poll(|| Ok(self.state(self.comm, op)? == ncclResult_t::ncclSuccess))
+    }
+
     /// Ends what is under way on this rank; that the others notice by their time limits, or by NCCL.
     fn abort_exchanges(&self) {
         if !self.broken.replace(true) && !self.comm.is_null() {
@@ -356,9 +365,7 @@ impl Drop for Nccl {
             return;
         }
         let is_idle = self.flights.iter().all(|(_, flight)| matches!(flight, Flight::Host(_)));
-        self.timeout = MEET_FOR;
-        let op = &"leave";
-        if is_idle && self.settle(unsafe { sys::ncclCommFinalize(self.comm) }, self.comm, op).is_ok() {
+        if is_idle && self.take_leave().unwrap_or(false) {
             unsafe { sys::ncclCommDestroy(self.comm) };
         } else {
             self.abort_exchanges();

@@ -191,11 +191,15 @@ pub fn on_gpu<R: PartialEq>(f: impl Fn(&Device) -> R) -> Option<R> {
 
 #[cfg(feature = "cuda")]
 pub fn on_gpu<R: PartialEq>(f: impl Fn(&Device) -> R) -> Option<R> {
-    static GPU: std::sync::OnceLock<Device> = std::sync::OnceLock::new();
-    let gpu = GPU.get_or_init(|| crate::ops::cuda::select(0).expect("tests of the feature `cuda` need a GPU").device);
-    let result = f(gpu);
-    assert!(result == f(gpu), "a second time the result is another: a race, or memory that nobody has set");
-    Some(result)
+    // A stream for each test: what one launches must not become a part of the graph that another captures.
+    thread_local! {
+        static GPU: Device = crate::ops::cuda::select(0).expect("tests of the feature `cuda` need a GPU").device;
+    }
+    GPU.with(|gpu| {
+        let result = f(gpu);
+        assert!(result == f(gpu), "a second time the result is another: a race, or memory that nobody has set");
+        Some(result)
+    })
 }
 
 /// `op` on a GPU ([`on_gpu`]) equals `op` on the CPU in f64: in f32 up to `tolerances[0]`, in bf16, from inputs rounded to it, up

@@ -1,4 +1,7 @@
 // Update rules in one pass over the elements of a row, optim/: each of θ, gradient and moments is read and written once. All float.
+//
+// Shards of a row begin anywhere, and have the bits of the whole row: each rule says which product is rounded (__fmul_rn) and which is
+// fused with a sum (fmaf), for the compiler may choose another way for vectors than for single elements.
 #include "common.cuh"
 
 // Elements begin … end-1 of a row, and the factor on θ: 1 - η λ or 1. As in kernels.rs.
@@ -40,10 +43,11 @@ struct AdamWPass {
         Floats<W> g = load<W>(grad + i), x = load<W>(theta + i), first = load<W>(m + i), second = load<W>(v + i);
 #pragma unroll
         for (int k = 0; k < W; ++k) {
-            float gk = rule.scale * g[k];
-            first[k] += rule.one_minus_beta1 * (gk - first[k]);
-            second[k] = rule.beta2 * second[k] + rule.one_minus_beta2 * (gk * gk);
-            x[k] = keep * x[k] - rule.step_size * first[k] / (sqrtf(second[k]) * rule.root_correction + rule.eps);
+            float gk = __fmul_rn(rule.scale, g[k]);
+            first[k] = fmaf(rule.one_minus_beta1, gk - first[k], first[k]);
+            second[k] = fmaf(rule.beta2, second[k], __fmul_rn(rule.one_minus_beta2, __fmul_rn(gk, gk)));
+            float root = fmaf(sqrtf(second[k]), rule.root_correction, rule.eps);
+            x[k] = fmaf(keep, x[k], -(__fmul_rn(rule.step_size, first[k]) / root));
         }
         store(m + i, first);
         store(v + i, second);
@@ -56,9 +60,9 @@ struct Momentum {
     float scale, mu;
     int nesterov;
     __device__ float operator()(float gradient, float& b) const {
-        float g = scale * gradient;
-        b = mu * b + g;
-        return nesterov ? g + mu * b : b;
+        float g = __fmul_rn(scale, gradient);
+        b = fmaf(mu, b, g);
+        return nesterov ? fmaf(mu, b, g) : b;
     }
 };
 
@@ -76,7 +80,7 @@ struct SgdPass {
         if (keep < 0.0f) return;
         Floats<W> g = load<W>(grad + i), x = load<W>(theta + i), momentum = load<W>(b + i);
 #pragma unroll
-        for (int k = 0; k < W; ++k) x[k] = keep * x[k] - lr * rule(g[k], momentum[k]);
+        for (int k = 0; k < W; ++k) x[k] = fmaf(-lr, rule(g[k], momentum[k]), __fmul_rn(keep, x[k]));
         store(b + i, momentum);
         store(theta + i, x);
     }

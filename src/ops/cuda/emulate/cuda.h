@@ -3,7 +3,7 @@
 // Blocks run one after the other. The threads of a block are fibers of one host thread: each runs until it waits at
 // a barrier (a warp's shuffle is one), then the next runs. Shared memory begins as NaN and ends in a canary. A
 // barrier that not all of its threads reach ends the process with a message. With the order reversed, threads and blocks run
-// last to first: a result that depends on the order shows a race. What is launched while a graph is captured is kept there and not done.
+// last to first: a result that depends on the order shows a race.
 #pragma once
 #include <csetjmp>
 #include <cmath>
@@ -48,6 +48,12 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
 }
 
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+// Rounded, whatever it is added to.
+inline float __fmul_rn(float x, float y) {
+    float product = x * y;
+    asm("" : "+x"(product));
+    return product;
+}
 
 namespace emulate {
 
@@ -98,16 +104,8 @@ inline thread_local Machine machine;
 // Set by the tests.
 inline thread_local bool reversed = false;
 
-using Graph = std::vector<std::function<void()>>;
-// The graph that is captured, or null.
-inline thread_local Graph* graph = nullptr;
-
-// Does the work, now or when the graph is launched.
-inline int submit(std::function<void()> work) {
-    if (graph) graph->push_back(std::move(work));
-    else work();
-    return cudaSuccess;
-}
+// Does the work, now or later, after what the stream was given before: whoever runs the emulation decides.
+int submit(cudaStream_t stream, std::function<void()> work);
 
 [[noreturn]] inline void fail(const char* what) {
     std::fprintf(stderr, "emulated kernel: %s\n", what);
@@ -277,8 +275,8 @@ T* shared_memory() {
 }
 
 template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t, Arguments... arguments) {
-    return emulate::submit([=] {
+int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, Arguments... arguments) {
+    return emulate::submit(stream, [=] {
         auto body = [&] { kernel(Parameters(arguments)...); };
         emulate::machine.body = [](void* pointer) { (*static_cast<decltype(body)*>(pointer))(); };
         emulate::machine.arguments = &body;
@@ -286,6 +284,6 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, 
     });
 }
 
-inline int cudaMemcpyAsync(void* out, const void* source, size_t bytes, int, cudaStream_t) {
-    return emulate::submit([=] { std::memcpy(out, source, bytes); });
+inline int cudaMemcpyAsync(void* out, const void* source, size_t bytes, int, cudaStream_t stream) {
+    return emulate::submit(stream, [=] { std::memcpy(out, source, bytes); });
 }
