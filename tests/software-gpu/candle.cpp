@@ -104,15 +104,15 @@ Launch copy_rows(void** a) {
     };
 }
 
-// (n, length, rank, info, x, out): out[i] = Σ or max of `length` elements of x, in the order of `info`
-template <class T, auto F>
+// (n, length, rank, info, x, out): out[i] = Σ or max of `length` elements of x, in the order of `info`. n counts x, or out.
+template <class T, auto F, bool COUNTS_OUT = false>
 Launch reduce(void** a) {
-    auto n = argument<size_t>(a, 0), length = argument<size_t>(a, 1), rank = argument<size_t>(a, 2);
+    auto length = argument<size_t>(a, 1), n = argument<size_t>(a, 0) / (COUNTS_OUT ? 1 : length), rank = argument<size_t>(a, 2);
     auto info = argument<const size_t*>(a, 3);
     auto x = argument<const T*>(a, 4);
     auto out = argument<T*>(a, 5);
     return [=] {
-        for (size_t i = 0; i < n / length; ++i) {
+        for (size_t i = 0; i < n; ++i) {
             auto all = from(x[index(i * length, rank, info)]);
             for (size_t k = 1; k < length; ++k) all = F(all, from(x[index(i * length + k, rank, info)]));
             out[i] = to<T>(all);
@@ -142,6 +142,7 @@ void add(std::map<std::string, Make>& all, const std::string& type) {
     all["const_set_" + type] = set<T>;
     all["copy2d_" + type] = copy_rows<T>;
     all["fast_sum_" + type] = reduce<T, plus>;
+    all["fast_sum_small_" + type] = reduce<T, plus, true>;
     all["fast_max_" + type] = reduce<T, most>;
     all["cast_" + type + "_f32"] = unary<T, float, copy>;
     all["cast_" + type + "_f64"] = unary<T, double, copy>;

@@ -27,23 +27,25 @@ struct Matrix {
     }
 };
 
-// result [n][m] += Σ_p b [n][p] a [p][m]
+// result [n][m] = Σ_p b [n][p] a [p][m], a tile of the result at a time
 void multiply_rows(size_t m, size_t n, size_t k, const float* a, const float* b, float* result) {
-    constexpr size_t WIDTH = 256, DEPTH = 128, ROWS = 4;
-    for (size_t p0 = 0; p0 < k; p0 += DEPTH)
-        for (size_t i0 = 0; i0 < m; i0 += WIDTH) {
-            size_t p1 = std::min(k, p0 + DEPTH), width = std::min(WIDTH, m - i0);
-            for (size_t j0 = 0; j0 < n; j0 += ROWS) {
-                size_t j1 = std::min(n, j0 + ROWS);
-                for (size_t p = p0; p < p1; ++p)
-                    for (size_t j = j0; j < j1; ++j) {
-                        float factor = b[j * k + p];
-                        const float* from = a + p * m + i0;
-                        float* to = result + j * m + i0;
-                        for (size_t i = 0; i < width; ++i) to[i] += factor * from[i];
-                    }
-            }
+    constexpr size_t WIDTH = 16, ROWS = 4;
+    for (size_t i0 = 0; i0 < m; i0 += WIDTH) {
+        size_t width = std::min(WIDTH, m - i0);
+        // These columns of a, side by side.
+        std::vector<float> columns(k * WIDTH);
+        for (size_t p = 0; p < k; ++p) std::copy_n(a + p * m + i0, width, columns.data() + p * WIDTH);
+        for (size_t j0 = 0; j0 < n; j0 += ROWS) {
+            size_t rows = std::min(ROWS, n - j0);
+            const float* from[ROWS];
+            for (size_t j = 0; j < ROWS; ++j) from[j] = b + (j0 + std::min(j, rows - 1)) * k;
+            float tile[ROWS][WIDTH] = {};
+            for (size_t p = 0; p < k; ++p)
+                for (size_t j = 0; j < ROWS; ++j)
+                    for (size_t i = 0; i < WIDTH; ++i) tile[j][i] += from[j][p] * columns[p * WIDTH + i];
+            for (size_t j = 0; j < rows; ++j) std::copy_n(tile[j], width, result + (j0 + j) * m + i0);
         }
+    }
 }
 
 // c = alpha a b + beta c, all by columns: a [m, k], b [k, n].

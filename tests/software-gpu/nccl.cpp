@@ -2,7 +2,7 @@
 //
 // Every collective waits for all of its ranks, also where NCCL lets some go on, and is done when the stream comes to it.
 #include "gpu.h"
-#include <dirent.h>
+#include <filesystem>
 #include <random>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -33,7 +33,8 @@ struct Meeting {
 
     std::string file(int rank) const { return comm->folder + "/" + name + "-" + std::to_string(rank); }
 
-    bool meet(const Bytes& own, std::vector<Bytes>& all) {
+    // Comes, if it has not, and looks whether all have.
+    bool meet(const Bytes& own) {
         if (!has_come) {
             std::string hidden = file(comm->rank) + ".tmp";
             FILE* out = std::fopen(hidden.c_str(), "w");
@@ -43,8 +44,14 @@ struct Meeting {
         }
         for (int rank = 0; rank < comm->size; ++rank)
             if (access(file(rank).c_str(), R_OK) != 0) return false;
-        for (int rank = 0; rank < comm->size; ++rank) all.push_back(read(file(rank)));
         return true;
+    }
+
+    // What all have brought.
+    std::vector<Bytes> all() const {
+        std::vector<Bytes> all;
+        for (int rank = 0; rank < comm->size; ++rank) all.push_back(read(file(rank)));
+        return all;
     }
 
     static Bytes read(const std::string& path) {
@@ -76,10 +83,9 @@ int begin(Comm* comm, Bytes own, std::function<void(std::vector<Bytes>)> then) {
     uint64_t number = comm->calls++;
     auto meeting = std::make_shared<Meeting>(Meeting{comm, "call" + std::to_string(number)});
     comm->pending = [=] {
-        std::vector<Bytes> all;
-        if (!meeting->meet(own, all)) return false;
+        if (!meeting->meet(own)) return false;
         if (number > 0) forget(comm, "call", number - 1);
-        then(std::move(all));
+        then(meeting->all());
         return true;
     };
     return IN_PROGRESS;
@@ -104,8 +110,8 @@ void submit_collective(const Collective& what, Stream* on) {
         auto from = static_cast<const char*>(what.from);
         size_t bytes = what.count * sizeof(float);
         bool brings = what.sums || what.root == comm->rank, gets = !what.sums || what.root < 0 || what.root == comm->rank;
-        std::vector<Bytes> all;
-        if (!meeting->meet(brings && !meeting->has_come ? Bytes(from, from + bytes) : Bytes(), all)) return false;
+        if (!meeting->meet(brings && !meeting->has_come ? Bytes(from, from + bytes) : Bytes())) return false;
+        std::vector<Bytes> all = meeting->all();
         if (number > 0) forget(comm, "sum", number - 1);
         if (!gets) return true;
         auto to = static_cast<float*>(what.to);
@@ -209,11 +215,12 @@ int ncclCommFinalize(void* handle) { return begin(comm(handle), {}, [](std::vect
 int ncclCommDestroy(void* handle) {
     Comm* of = comm(handle);
     if (of->pending || of->aborted) return MISUSED;
-    forget(of, "call", of->calls - 1);
-    if (of->collectives > 0) forget(of, "sum", of->collectives - 1);
-    rmdir(of->folder.c_str());
     // Work of a stream may still name it.
     of->aborted = true;
+    // Who sees that all have left takes the files away.
+    Meeting last{of, "left"};
+    std::error_code error;
+    if (last.meet({})) std::filesystem::remove_all(of->folder, error);
     return OK;
 }
 

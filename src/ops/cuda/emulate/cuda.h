@@ -100,9 +100,10 @@ struct Machine {
     void* arguments = nullptr;
     dim3 block, block_size, grid_size;
 };
-inline thread_local Machine machine;
+// Never freed, and no dynamic initialisation that each access would look after: most of what the emulation does is to look here.
+inline constinit thread_local Machine* machine __attribute__((tls_model("initial-exec"))) = nullptr;
 // Set by the tests.
-inline thread_local bool reversed = false;
+inline constinit thread_local bool reversed __attribute__((tls_model("initial-exec"))) = false;
 
 // Does the work, now or later, after what the stream was given before: whoever runs the emulation decides.
 int submit(cudaStream_t stream, std::function<void()> work);
@@ -113,22 +114,22 @@ int submit(cudaStream_t stream, std::function<void()> work);
 }
 
 __attribute__((noinline)) inline void yield() {
-    if (_setjmp(machine.current->state) == 0) _longjmp(machine.scheduler, 1);
+    if (_setjmp(machine->current->state) == 0) _longjmp(machine->scheduler, 1);
 }
 
 // A fiber lives as long as its host thread and runs a CUDA thread of one block after the other.
 inline void fiber_main() {
     for (;;) {
-        machine.body(machine.arguments);
-        if (!machine.current->copies.empty()) fail("a copy that its thread does not wait for");
-        machine.current->done = true;
+        machine->body(machine->arguments);
+        if (!machine->current->copies.empty()) fail("a copy that its thread does not wait for");
+        machine->current->done = true;
         yield();
     }
 }
 
 __attribute__((noinline)) inline void resume(Fiber* fiber) {
-    machine.current = fiber;
-    if (_setjmp(machine.scheduler) != 0) return;
+    machine->current = fiber;
+    if (_setjmp(machine->scheduler) != 0) return;
     if (fiber->started) _longjmp(fiber->state, 1);
     fiber->started = true;
     setcontext(&fiber->start);
@@ -152,10 +153,10 @@ inline void wait(Barrier& barrier) {
         ++barrier.generation;
         return;
     }
-    machine.current->barrier = &barrier;
-    machine.current->generation = barrier.generation;
+    machine->current->barrier = &barrier;
+    machine->current->generation = barrier.generation;
     yield();
-    machine.current->barrier = nullptr;
+    machine->current->barrier = nullptr;
 }
 
 // Every lane's `value`, once all lanes of the warp have given theirs.
@@ -164,8 +165,8 @@ struct Exchange {
     const unsigned char (*slots)[64];
     explicit Exchange(const T& value) {
         static_assert(sizeof(T) <= 64);
-        unsigned index = machine.current->index;
-        Warp& warp = machine.warps[index / WARP];
+        unsigned index = machine->current->index;
+        Warp& warp = machine->warps[index / WARP];
         if (warp.barrier.expected != WARP) fail("a warp's exchange in a block that is no multiple of 32 threads");
         slots = warp.slots[warp.barrier.generation & 1];
         std::memcpy(const_cast<unsigned char*>(slots[index % WARP]), &value, sizeof(T));
@@ -178,7 +179,7 @@ struct Exchange {
     }
 };
 
-inline unsigned lane() { return machine.current->index % WARP; }
+inline unsigned lane() { return machine->current->index % WARP; }
 
 // ldmatrix.x4, see mma.cuh.
 template <bool TRANSPOSED>
@@ -191,11 +192,11 @@ inline void load_matrices(__nv_bfloat16 (&x)[8], const __nv_bfloat16* row) {
 }
 
 inline void run_block(unsigned threads) {
-    for (unsigned i = 0; i < threads; ++i) machine.fibers[i]->done = false;
+    for (unsigned i = 0; i < threads; ++i) machine->fibers[i]->done = false;
     for (unsigned unfinished = threads; unfinished > 0;) {
         bool progress = false;
         for (unsigned k = 0; k < threads; ++k) {
-            Fiber* fiber = machine.fibers[reversed ? threads - 1 - k : k];
+            Fiber* fiber = machine->fibers[reversed ? threads - 1 - k : k];
             bool waits = fiber->barrier && fiber->barrier->generation == fiber->generation;
             if (fiber->done || waits) continue;
             resume(fiber);
@@ -209,30 +210,34 @@ inline void run_block(unsigned threads) {
 constexpr size_t CANARY = 64;
 
 inline unsigned char* shared_begin() {
-    uintptr_t address = reinterpret_cast<uintptr_t>(machine.shared.data());
+    uintptr_t address = reinterpret_cast<uintptr_t>(machine->shared.data());
     return reinterpret_cast<unsigned char*>((address + 15) / 16 * 16);
 }
 
-inline void run_grid(dim3 grid, dim3 block, size_t shared) {
+// body(arguments) on each thread.
+inline void run_grid(dim3 grid, dim3 block, size_t shared, void (*body)(void*), void* arguments) {
+    if (!machine) machine = new Machine;
     unsigned threads = block.x * block.y * block.z;
     if (threads == 0 || threads > 1024 || shared > (227u << 10)) fail("a block larger than a GPU runs");
-    machine.grid_size = grid;
-    machine.block_size = block;
-    machine.block_barrier = {threads, 0, 0};
-    machine.warps.resize((threads + WARP - 1) / WARP);
-    for (unsigned w = 0; w < machine.warps.size(); ++w)
-        machine.warps[w].barrier = {threads - w * WARP < WARP ? threads - w * WARP : WARP, 0, 0};
-    while (machine.fibers.size() < threads) machine.fibers.push_back(new_fiber());
+    machine->body = body;
+    machine->arguments = arguments;
+    machine->grid_size = grid;
+    machine->block_size = block;
+    machine->block_barrier = {threads, 0, 0};
+    machine->warps.resize((threads + WARP - 1) / WARP);
+    for (unsigned w = 0; w < machine->warps.size(); ++w)
+        machine->warps[w].barrier = {threads - w * WARP < WARP ? threads - w * WARP : WARP, 0, 0};
+    while (machine->fibers.size() < threads) machine->fibers.push_back(new_fiber());
     for (unsigned i = 0; i < threads; ++i) {
-        machine.fibers[i]->index = i;
-        machine.fibers[i]->thread = dim3(i % block.x, i / block.x % block.y, i / (block.x * block.y));
+        machine->fibers[i]->index = i;
+        machine->fibers[i]->thread = dim3(i % block.x, i / block.x % block.y, i / (block.x * block.y));
     }
-    machine.shared.resize(shared + CANARY + 16);
+    machine->shared.resize(shared + CANARY + 16);
     size_t blocks = size_t(grid.x) * grid.y * grid.z;
     for (size_t k = 0; k < blocks; ++k) {
         size_t b = reversed ? blocks - 1 - k : k;
-        machine.block = dim3(b % grid.x, b / grid.x % grid.y, b / (size_t(grid.x) * grid.y));
-        std::memset(machine.shared.data(), 0xff, machine.shared.size());
+        machine->block = dim3(b % grid.x, b / grid.x % grid.y, b / (size_t(grid.x) * grid.y));
+        std::memset(machine->shared.data(), 0xff, machine->shared.size());
         run_block(threads);
         for (size_t i = 0; i < CANARY; ++i)
             if (shared_begin()[shared + i] != 0xff) fail("a write beyond shared memory");
@@ -241,24 +246,24 @@ inline void run_grid(dim3 grid, dim3 block, size_t shared) {
 
 } // namespace emulate
 
-#define threadIdx (emulate::machine.current->thread)
-#define blockIdx (emulate::machine.block)
-#define blockDim (emulate::machine.block_size)
-#define gridDim (emulate::machine.grid_size)
+#define threadIdx (emulate::machine->current->thread)
+#define blockIdx (emulate::machine->block)
+#define blockDim (emulate::machine->block_size)
+#define gridDim (emulate::machine->grid_size)
 
 // As late as it may be.
 inline void start_copy(void* to, const void* from, bool zero) {
     if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16 != 0) emulate::fail("a copy that is not aligned");
-    emulate::machine.current->copies.push_back({to, from, zero});
+    emulate::machine->current->copies.push_back({to, from, zero});
 }
 inline void wait_for_copies() {
-    for (const emulate::Copy& copy : emulate::machine.current->copies)
+    for (const emulate::Copy& copy : emulate::machine->current->copies)
         copy.zero ? std::memset(copy.to, 0, 16) : std::memcpy(copy.to, copy.from, 16);
-    emulate::machine.current->copies.clear();
+    emulate::machine->current->copies.clear();
 }
 inline float fast_exp2(float x) { return exp2f(x); }
 
-inline void __syncthreads() { emulate::wait(emulate::machine.block_barrier); }
+inline void __syncthreads() { emulate::wait(emulate::machine->block_barrier); }
 inline void __syncwarp() { emulate::Exchange<int> all(0); }
 inline float __shfl_sync(unsigned, float value, unsigned lane) { return emulate::Exchange<float>(value)[lane % 32]; }
 inline float __shfl_xor_sync(unsigned, float value, unsigned mask) {
@@ -278,9 +283,7 @@ template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, Arguments... arguments) {
     return emulate::submit(stream, [=] {
         auto body = [&] { kernel(Parameters(arguments)...); };
-        emulate::machine.body = [](void* pointer) { (*static_cast<decltype(body)*>(pointer))(); };
-        emulate::machine.arguments = &body;
-        emulate::run_grid(grid, block, shared);
+        emulate::run_grid(grid, block, shared, [](void* pointer) { (*static_cast<decltype(body)*>(pointer))(); }, &body);
     });
 }
 
