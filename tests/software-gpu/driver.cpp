@@ -19,12 +19,13 @@ thread_local int touching = 0;
 size_t begun = 0, used = 0;
 std::map<char*, size_t> sizes;
 
-bool is_eager() {
-    static const bool eager = [] {
-        const char* mode = std::getenv("VCYCLE_SOFTWARE_GPU");
-        return mode && std::string(mode) == "eager";
+// VCYCLE_SOFTWARE_GPU=crossed.
+bool is_crossed() {
+    static const bool crossed = [] {
+        const char* order = std::getenv("VCYCLE_SOFTWARE_GPU");
+        return order && std::string(order) == "crossed";
     }();
-    return eager;
+    return crossed;
 }
 
 void reserve() {
@@ -69,7 +70,7 @@ int submit(Stream* stream, Work work) {
     if (stream->capture) stream->capture->work.push_back(std::move(work));
     else {
         stream->queue.push_back(std::move(work));
-        if (is_eager()) progress(stream);
+        if (stream->is_eager) progress(stream);
     }
     return SUCCESS;
 }
@@ -208,6 +209,9 @@ int cuStreamCreate(void** to, unsigned) {
     if (!has_context()) return INVALID_CONTEXT;
     Lock lock;
     streams.push_back(std::make_unique<Stream>());
+    thread_local bool is_first = true;
+    streams.back()->is_eager = is_crossed() && !is_first;
+    is_first = false;
     return *to = streams.back().get(), SUCCESS;
 }
 // What it was given is done all the same, some time.

@@ -1,9 +1,10 @@
 // What the parts of the software GPU share: streams, memory, marks in streams.
 //
 // Work that a stream is given is done as late as CUDA allows: when the host waits for it or asks for it, never before, and only as
-// much as that takes. What a missing wait or event leaves to chance on a GPU goes wrong here each time. With
-// VCYCLE_SOFTWARE_GPU=eager it is done at once, the other extreme. Memory of the device begins as NaN, is NaN again once freed, is
-// reused at once by its stream, and ends the program with a fault if the host touches it (where the CPU has protection keys).
+// much as that takes. With VCYCLE_SOFTWARE_GPU=crossed a thread's streams but its first do theirs at once, and that one late. What a
+// missing wait or event leaves to chance on a GPU goes wrong here each time, in the one order or the other. Memory of the device begins
+// as NaN, is NaN again once freed, is reused at once by its stream, and ends the program with a fault if the host touches it (where the
+// CPU has protection keys).
 #pragma once
 #include "cuda.h"
 #include <deque>
@@ -25,6 +26,7 @@ struct Graph {
 
 struct Stream {
     std::deque<Work> queue;
+    bool is_eager = false;
     std::unique_ptr<Graph> capture;
     // By size: freed on this stream.
     std::map<size_t, std::vector<char*>> freed;
