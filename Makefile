@@ -6,7 +6,7 @@ PROFILE := --release
 VCYCLE := $(or $(CARGO_TARGET_DIR),target)/release/vcycle
 
 .DEFAULT_GOAL := help
-.PHONY: help deps build quickstart test test-slurm test-net fmt clippy cuda-kernels cuda-clippy docs clean
+.PHONY: help deps build quickstart test test-slurm test-net test-software-gpu fmt clippy cuda-kernels cuda-clippy docs clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' $(MAKEFILE_LIST) | column -t -s '	' 2>/dev/null || grep '##' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test-slurm: build ## Train under a Slurm of this machine: stop, requeue, continu
 
 test-net: build ## Train on several hosts, network namespaces of this machine; cut one off (root)
 	@tests/net/run.sh $(VCYCLE)
+
+test-software-gpu: deps ## Run the CUDA build on a GPU made of software: tests, runs of every kind (15 minutes)
+	@tests/software-gpu/run.sh target/software-gpu
 
 fmt: ## Format the code
 	$(CARGO) fmt

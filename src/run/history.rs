@@ -52,6 +52,9 @@ pub struct Metrics {
     pub tokens_per_s: f64,
     /// Model FLOP utilisation, a fraction; null where the device's peak is not known.
     pub mfu: Option<f64>,
+    /// The most memory that a rank has had at once, in bytes: resident, or on a GPU of its tensors; null where that is not known.
+    #[serde(default)]
+    pub memory_bytes: Option<u64>,
     /// How the ranks spent the time since the line before; null for one rank.
     #[serde(default)]
     pub ranks: Option<Balance>,
@@ -164,7 +167,8 @@ mod tests {
             elapsed_s: 0.1 * step as f64,
             tokens_per_s: 640.0,
             mfu: None,
-            ranks: Some(Balance { waiting: 0.25, slowest: 3, slowest_computes: 0.875 }),
+            memory_bytes: Some(1 << 40),
+            ranks: Some(Balance { waiting: 0.25, exposed: 0.125, slowest: 3, slowest_computes: 0.875 }),
         }
     }
 
@@ -185,7 +189,7 @@ mod tests {
         let line = serde_json::to_string(&Metrics { flops_total: 9, ..metrics(1) }).unwrap();
         let keys: Vec<String> = serde_json::from_str::<serde_json::Map<_, _>>(&line).unwrap().keys().cloned().collect();
         let contract = "step cycle op level coset rows loss val_loss lr grad_norm tokens flops_total flops_blocks \
-                        elapsed_s tokens_per_s mfu ranks";
+                        elapsed_s tokens_per_s mfu memory_bytes ranks";
         assert_eq!(keys.join(" "), contract);
     }
 

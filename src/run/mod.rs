@@ -12,6 +12,7 @@ mod execute;
 mod gradient;
 pub mod history;
 mod learner;
+pub mod memory;
 mod progress;
 mod recorder;
 mod resolve;
@@ -22,7 +23,7 @@ mod train;
 
 pub use balance::Balance;
 pub use console::Console;
-pub use device::device;
+pub use device::{device, group_of_gpus};
 pub use directory::{Difference, RunDirectory, differences};
 pub use environment::{cpu_model, gemm_peak, use_threads};
 pub use gradient::{Ends, Receivers, Target, micro_batch};

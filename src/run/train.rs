@@ -8,13 +8,14 @@ use super::environment;
 use super::execute::{Executor, Now, RoundReport};
 use super::history::Metrics;
 use super::learner::{Learner, StepReport};
+use super::memory;
 use super::progress::{Progress, coset_at};
 use super::recorder::Recorder;
 use super::resolve::resolve_vocab;
 use super::shards;
 use super::stop::{Schedule, passes_multiple};
 use crate::checkpoint::{self, Check, Checkpoint, Part, State, Visitor, Writer};
-use crate::comm::{Communicator, agree};
+use crate::comm::{Communicator, Reduction, agree};
 use crate::config::Config;
 use crate::cycle::{self, Coset, Op, Places, Round};
 use crate::error::{Context, Outcome, Result, anyhow};
@@ -97,8 +98,8 @@ struct Clock {
     line: Instant,
     line_tokens: u64,
     line_flops: u128,
-    /// What this rank had waited in collectives at that line.
-    line_waited: Duration,
+    /// What this rank had waited in collectives at that line, in all and for sums of gradients.
+    line_waited: [Duration; 2],
 }
 
 impl Trainer {
@@ -143,7 +144,7 @@ impl Trainer {
                 line: now,
                 line_tokens: 0,
                 line_flops: flops.total,
-                line_waited: comm.waited(),
+                line_waited: [comm.waited(), Duration::ZERO],
             },
             saved_step: resumed.map(|_| progress.step),
             writer: agree(comm, Writer::new(&options.run_dir, &config, is_root))?,
@@ -286,10 +287,16 @@ impl Trainer {
         if !evaluated && !self.is_logged(before, step) {
             return Ok(());
         }
-        let waited = comm.waited().saturating_sub(self.clock.line_waited);
-        let ranks = Balance::measure(comm, waited, self.clock.line.elapsed())?;
+        let waited = self.waited(comm);
+        let since_line = |i: usize| waited[i].saturating_sub(self.clock.line_waited[i]);
+        let ranks = Balance::measure(comm, [since_line(0), since_line(1)], self.clock.line.elapsed())?;
+        // No run ends because the kernel does not tell.
+        let mut most = [memory::peak(self.executor.learner.device()).unwrap_or(0) as f64];
+        comm.reduce(&mut most, Reduction::Max)?;
         if let Some(peak_flops) = self.root.as_ref().map(|root| root.peak_flops) {
-            let main = Metrics { val_loss, ranks, ..self.metrics("smooth", work.main, report.main, peak_flops) };
+            let memory_bytes = Some(most[0] as u64).filter(|&bytes| bytes > 0);
+            let main =
+                Metrics { val_loss, memory_bytes, ranks, ..self.metrics("smooth", work.main, report.main, peak_flops) };
             let coarse = work.coarse.zip(report.coarse);
             let coarse = coarse.map(|(net, step)| self.metrics("beside", net, step, peak_flops));
             let lines = coarse.into_iter().chain([main]);
@@ -299,8 +306,14 @@ impl Trainer {
         }
         let (tokens, flops) = (self.tokens(), self.flops.total);
         let Clock { line, line_tokens, line_flops, line_waited, .. } = &mut self.clock;
-        (*line, *line_tokens, *line_flops, *line_waited) = (Instant::now(), tokens, flops, comm.waited());
+        (*line, *line_tokens, *line_flops, *line_waited) = (Instant::now(), tokens, flops, waited);
         Ok(())
+    }
+
+    /// What this rank has waited in collectives so far, in all and for sums of gradients.
+    fn waited(&self, comm: &dyn Communicator) -> [Duration; 2] {
+        let exposed = self.executor.learner.differentiator.exposed_seconds();
+        [comm.waited(), Duration::from_secs_f64(exposed)]
     }
 
     /// Whether the steps after `before`, up to `step`, have a line of metrics even without an evaluation: the same on every
@@ -335,6 +348,7 @@ impl Trainer {
             elapsed_s: progress.elapsed_s,
             tokens_per_s: (self.tokens() - clock.line_tokens) as f64 / seconds,
             mfu: Some((self.flops.total - clock.line_flops) as f64 / seconds / peak_flops),
+            memory_bytes: None,
             ranks: None,
         }
     }

@@ -1,7 +1,7 @@
 // The driver: devices, memory, streams, events, graphs, and candle's kernels by name.
 #include "gpu.h"
 #include "candle.h"
-#include <chrono>
+#include <algorithm>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -16,7 +16,7 @@ char* memory = nullptr;
 // Of the memory's pages: which threads can touch them. -1 where the CPU has no such keys; then all can.
 int key = -1;
 thread_local int touching = 0;
-size_t begun = 0, used = 0;
+size_t begun = 0, used = 0, most_used = 0;
 std::map<char*, size_t> sizes;
 
 // VCYCLE_SOFTWARE_GPU=crossed.
@@ -264,6 +264,7 @@ int cuMemAllocAsync(char** to, size_t bytes, void* handle) {
     }
     sizes[begin] = bytes;
     used += bytes;
+    most_used = std::max(most_used, used);
     *to = begin;
     return submit(on, once([=] { std::memset(begin, 0xff, size); }));
 }
@@ -281,10 +282,18 @@ int cuMemFreeAsync(char* begin, void* handle) {
 }
 int cuMemGetInfo_v2(size_t* free, size_t* total) { return *total = MEMORY, *free = MEMORY - used, SUCCESS; }
 int cuDeviceGetDefaultMemPool(void** pool, int) { return *pool = &streams, SUCCESS; }
+// The threshold of what is kept, or the most that was used, which only 0 can be.
 int cuMemPoolSetAttribute(void* pool, int attribute, void* value) {
-    return pool == &streams && attribute == 4 && value ? SUCCESS : INVALID_VALUE;
+    if (pool != &streams || (attribute != 4 && attribute != 8)) return INVALID_VALUE;
+    if (attribute == 8 && *static_cast<uint64_t*>(value) != 0) return INVALID_VALUE;
+    if (attribute == 8) most_used = used;
+    return SUCCESS;
 }
-int cuMemPoolGetAttribute(void*, int, void* value) { return *static_cast<uint64_t*>(value) = used, SUCCESS; }
+int cuMemPoolTrimTo(void* pool, size_t) { return pool == &streams ? SUCCESS : INVALID_VALUE; }
+int cuMemPoolGetAttribute(void* pool, int attribute, void* value) {
+    if (pool != &streams || (attribute != 7 && attribute != 8)) return INVALID_VALUE;
+    return *static_cast<uint64_t*>(value) = attribute == 7 ? used : most_used, SUCCESS;
+}
 
 int cuMemsetD8Async(char* to, unsigned char value, size_t bytes, void* handle) {
     Lock lock;

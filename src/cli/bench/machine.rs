@@ -66,7 +66,13 @@ pub fn run(args: &Args, world: &mut World) -> Result<Outcome> {
     let overrides = PAPER.iter().copied().chain(args.overrides.iter().map(String::as_str));
     let prepared = configure(overrides).and_then(|prepared| {
         run::use_threads(prepared.0.parallel.threads, local)?;
-        Subject::new(prepared)
+        let subject = Subject::new(prepared)?;
+        ensure!(
+            subject.learner.device().is_cpu(),
+            "this measures CPUs and Open MPI: set parallel.device = \"cpu\", or write the file of a machine with GPUs by hand, \
+             after machines/h100-nodes.toml, from `vcycle bench step` and `vcycle bench allreduce`"
+        );
+        Ok(subject)
     });
     let mut subject = world.agree(prepared)?;
     let speed = speed(&mut subject, world.communicator(), args.times)?;

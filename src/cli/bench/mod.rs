@@ -1,8 +1,8 @@
 //! `vcycle bench`
 
+mod allreduce;
 mod breakdown;
 mod machine;
-mod memory;
 mod overhead;
 mod overlap;
 mod scaling;
@@ -14,12 +14,13 @@ use crate::config::{self, Config};
 use crate::cycle::level_flops;
 use crate::error::{Context, Outcome, Result};
 use crate::run::{self, Learner, Target};
+use candle_core::Device;
 use std::io::Write;
 use std::path::Path;
 use std::time::Instant;
 use tempfile::TempDir;
 
-/// Measure the speed of this machine at vcycle's work, on random tokens and, except for `machine` and `overlap`, one rank.
+/// Measure the speed of this machine at vcycle's work, on random tokens and, except for `machine`, `overlap` and `allreduce`, one rank.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -36,12 +37,13 @@ enum Benchmark {
     Overhead(overhead::Args),
     Machine(machine::Args),
     Overlap(overlap::Args),
+    Allreduce(allreduce::Args),
 }
 
 impl Args {
     /// Whether it is for all ranks of a job.
     pub fn is_collective(&self) -> bool {
-        matches!(self.benchmark, Benchmark::Machine(_) | Benchmark::Overlap(_))
+        matches!(self.benchmark, Benchmark::Machine(_) | Benchmark::Overlap(_) | Benchmark::Allreduce(_))
     }
 }
 
@@ -52,6 +54,7 @@ pub fn run(args: Args, world: &mut World) -> Result<Outcome> {
         Benchmark::Overhead(args) => overhead::run(&args),
         Benchmark::Machine(args) => machine::run(&args, world),
         Benchmark::Overlap(args) => overlap::run(&args, world),
+        Benchmark::Allreduce(args) => allreduce::run(&args, world),
     }
 }
 
@@ -126,6 +129,14 @@ fn configure<'a>(overrides: impl IntoIterator<Item = &'a str>) -> Result<(Config
     let config = config::parse("", &settings)?;
     write_random_data(folder.path(), &config)?;
     Ok((config, folder))
+}
+
+/// Does `work` with the ranks as a training run joins them: tensors on GPUs are exchanged by NCCL. Collective.
+fn joined<R>(world: &mut World, device: &Device, work: impl FnOnce(&mut dyn Communicator) -> Result<R>) -> Result<R> {
+    match run::group_of_gpus(world.communicator(), device)? {
+        Some(mut gpus) => work(&mut *gpus),
+        None => work(world.communicator()),
+    }
 }
 
 /// The largest of all ranks' values.

@@ -135,6 +135,7 @@ fn metrics(config: &Config) -> Metrics {
         elapsed_s: 12.345_678_9,
         tokens_per_s: 1_234.567_89,
         mfu: Some(0.789),
+        memory_bytes: Some(1 << 40),
         ranks: None,
     }
 }

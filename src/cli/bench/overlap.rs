@@ -1,6 +1,6 @@
 //! `vcycle bench overlap`
 
-use super::{Common, FINE, PAPER, Subject, agreed_max, configure, median};
+use super::{Common, FINE, PAPER, Subject, agreed_max, configure, joined, median};
 use crate::cli::text::{percent, seconds};
 use crate::comm::{Buckets, Communicator, World};
 use crate::data::share;
@@ -46,28 +46,33 @@ pub fn run(args: &Args, world: &mut World) -> Result<Outcome> {
         Subject::new(prepared)
     });
     let mut subject = world.agree(prepared)?;
-    let comm = world.communicator();
+    let device = subject.learner.device().clone();
+    joined(world, &device, |comm| measure(args, &mut subject, comm))?;
+    Ok(Outcome::Done)
+}
+
+/// Collective.
+fn measure(args: &Args, subject: &mut Subject, comm: &mut dyn Communicator) -> Result<()> {
     let mut buckets = Buckets::default();
     let mut times: [Vec<f64>; 4] = Default::default();
     // The first opens connections and faults in the memory.
     for time in 0..=args.times {
-        let compute_s = slowest(comm, |comm| gradient(&mut subject, comm, false))?;
-        let sums_s = slowest(comm, |comm| sum(&subject, &mut buckets, comm))?;
+        let compute_s = slowest(comm, |comm| gradient(subject, comm, false))?;
+        let sums_s = slowest(comm, |comm| sum(subject, &mut buckets, comm))?;
         let before = subject.learner.differentiator.exposed_seconds();
-        let both_s = slowest(comm, |comm| gradient(&mut subject, comm, true))?;
+        let both_s = slowest(comm, |comm| gradient(subject, comm, true))?;
         let exposed_s = -agreed_max(comm, before - subject.learner.differentiator.exposed_seconds())?;
         if time > 0 {
             times.iter_mut().zip([compute_s, sums_s, both_s, exposed_s]).for_each(|(all, one)| all.push(one));
         }
     }
     if comm.rank() == 0 {
-        let report = Report::new(&subject, comm.size(), times.map(median));
+        let report = Report::new(subject, comm.size(), times.map(median));
         let text = if args.common.json { serde_json::to_string(&report)? + "\n" } else { report.text() };
         std::io::stdout().write_all(text.as_bytes())?;
     }
     // Ranks that exit while others still work would end them.
-    comm.barrier()?;
-    Ok(Outcome::Done)
+    comm.barrier()
 }
 
 /// Seconds that `work` takes the slowest rank, all starting together.

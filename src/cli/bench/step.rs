@@ -1,13 +1,13 @@
 //! `vcycle bench step`
 
 use super::breakdown::{Part, breakdown};
-use super::{Common, FINE, PAPER, Subject, configure, median, memory, milliseconds};
+use super::{Common, FINE, PAPER, Subject, configure, median, milliseconds};
 use crate::cli::plan::RankMemory;
 use crate::cli::text::{bytes, percent, table};
 use crate::cycle::tokens_per_step;
 use crate::error::{Context, Outcome, Result};
 use crate::ops::profile::{self, Entry};
-use crate::run;
+use crate::run::{self, memory};
 use serde::Serialize;
 use serde_json::json;
 use std::io::{BufRead, Write};
@@ -84,7 +84,7 @@ impl Trial {
     fn new<'a>(overrides: impl IntoIterator<Item = &'a str>) -> Result<Trial> {
         let (config, folder) = configure(overrides)?;
         let threads = run::use_threads(config.parallel.threads, 1)?;
-        let before = memory::resident()?;
+        let before = memory::current(&run::device(&config)?)?;
         let mut subject = Subject::new((config, folder))?;
         subject.warm_up(FINE)?;
         Ok(Trial { subject, threads, before })
@@ -126,7 +126,7 @@ impl Trial {
     fn memory(&self) -> Result<Memory> {
         let Subject { config, learner, .. } = &self.subject;
         let predicted = RankMemory::new(config, learner.spec(), 1, 1).total;
-        Ok(Memory { before: self.before, peak: memory::peak()?, predicted })
+        Ok(Memory { before: self.before, peak: memory::peak(learner.device())?, predicted })
     }
 
     /// One line of JSON when ready, and one for each line of standard input.

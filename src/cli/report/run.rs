@@ -241,6 +241,7 @@ pub mod tests {
             elapsed_s: 0.5 * (step * cost as u64) as f64,
             tokens_per_s: 4096.0,
             mfu: None,
+            memory_bytes: None,
             ranks: None,
         }
     }

@@ -97,7 +97,7 @@ mod tests {
 
     #[test]
     fn first_lines_and_evaluations_are_not_timed() {
-        let ranks = Some(Balance { waiting: 0.3, slowest: 1, slowest_computes: 0.9 });
+        let ranks = Some(Balance { waiting: 0.3, exposed: 0.1, slowest: 1, slowest_computes: 0.9 });
         let line = |step, level, tokens_per_s| Metrics { tokens_per_s, ranks, ..metrics(step, level, 1, None) };
         let mut lines =
             vec![line(1, 1, 1.0), line(2, 1, 4096.0), line(4, 1, 1024.0), line(5, 0, 1.0), line(6, 0, 512.0)];

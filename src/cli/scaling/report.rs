@@ -333,7 +333,7 @@ pub mod tests {
                 let tokens_per_s = 1000.0 * slower * if point.nodes == 2 { 1.6 } else { 1.0 };
                 let mut log = Log::open(&run.dir.join("metrics.jsonl"), 0).unwrap();
                 for step in 1..=20 {
-                    let ranks = Some(Balance { waiting: 0.3, slowest: 1, slowest_computes: 0.9 });
+                    let ranks = Some(Balance { waiting: 0.3, exposed: 0.1, slowest: 1, slowest_computes: 0.9 });
                     let line = metrics(step, usize::from(step <= 10), 1, (step == 20).then_some(2.0));
                     log.append(&Metrics { tokens_per_s, ranks, mfu: Some(0.5), ..line }).unwrap();
                 }

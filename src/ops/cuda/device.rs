@@ -78,6 +78,47 @@ fn keep_memory(ordinal: usize) -> Result<()> {
     }
 }
 
+/// Bytes of a GPU's memory that this process has for tensors.
+pub struct Memory {
+    pub current: u64,
+    /// The most at once.
+    pub peak: u64,
+}
+
+pub fn memory(device: &CudaDevice) -> Result<Memory> {
+    let pool = pool(device)?;
+    let read = |attribute| -> Result<u64> {
+        let mut bytes = 0u64;
+        // SAFETY: these attributes are 64-bit numbers, written during the call.
+        unsafe { result::mem_pool::get_attribute(pool, attribute, (&raw mut bytes).cast()) }.map_err(driver_error)?;
+        Ok(bytes)
+    };
+    Ok(Memory {
+        current: read(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?,
+        peak: read(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?,
+    })
+}
+
+/// The peak of [`memory`] counts from now on, and what is freed goes back to the driver: after what was measured with tensors of its own.
+pub fn forget_peak_memory(device: &CudaDevice) -> Result<()> {
+    device.cuda_stream().synchronize().map_err(driver_error)?;
+    let (pool, mut none) = (pool(device)?, 0u64);
+    let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+    // SAFETY: the attribute is a 64-bit number, which 0 resets, read during the call; nothing freed is in use after the wait above.
+    unsafe {
+        result::mem_pool::set_attribute(pool, attribute, (&raw mut none).cast()).map_err(driver_error)?;
+        result::mem_pool::trim_to(pool, 0).map_err(driver_error)
+    }
+}
+
+/// What the device's tensors are taken from.
+fn pool(device: &CudaDevice) -> Result<sys::CUmemoryPool> {
+    let context = device.cuda_stream().context().clone();
+    context.bind_to_thread().map_err(driver_error)?;
+    // SAFETY: the context keeps its device.
+    unsafe { result::device::get_default_mem_pool(context.cu_device()) }.map_err(driver_error)
+}
+
 /// Products whose k is cut among blocks would else be summed in the type of their result, bf16 too.
 fn sum_in_f32(device: &CudaDevice) -> Result<()> {
     let mode = blas_sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
