@@ -168,15 +168,15 @@ impl Pass<'_> {
         let sequences = w.tokens.elem_count() / self.context;
         let numbers = [sequences as u64, self.context as u64, scale.to_bits(), params.h.to_bits()];
         let mut pass = replay.pass(&numbers, params.storage().chain(grads.storage()))?;
-        pass.stretch(0, &|| {
+        pass.stretch(&|| {
             self.forward()?;
             self.head_adjoint(grads, scale)
         })?;
         for n in (0..rows).rev() {
-            pass.stretch(rows - n, &|| self.block_adjoint(grads, n))?;
+            pass.stretch(&|| self.block_adjoint(grads, n))?;
             ready(Ready::Block(n))?;
         }
-        pass.stretch(rows + 1, &|| embedding::backward(&w.tokens, &w.lambda, &grads.ends.wte, &grads.ends.wpe))?; // +=
+        pass.stretch(&|| embedding::backward(&w.tokens, &w.lambda, &grads.ends.wte, &grads.ends.wpe))?; // +=
         ready(Ready::Ends)?;
         // Only now: a GPU is given all of the way back before anyone waits for it.
         Ok(access::read::<f64>(&w.loss)?[0])

@@ -21,9 +21,17 @@ pub struct Replay {
 /// The stretches of one pass. On a CPU, and while ops are timed one by one, a stretch is what it does and no more.
 pub struct Pass<'a> {
     #[cfg(any(feature = "cuda", test))]
-    gpu: Option<(Gpu, &'a mut Vec<Kept>)>,
+    gpu: Option<OnGpu<'a>>,
     #[cfg(not(any(feature = "cuda", test)))]
     cpu: std::marker::PhantomData<&'a ()>,
+}
+
+#[cfg(any(feature = "cuda", test))]
+struct OnGpu<'a> {
+    gpu: Gpu,
+    kept: &'a mut Vec<Kept>,
+    /// Stretches done.
+    done: usize,
 }
 
 /// Passes that are kept. A run has a few for each level; where tensors move about, they must not pile up.
@@ -48,7 +56,7 @@ impl Replay {
         if self.kept.len() >= MOST {
             self.kept.clear();
         }
-        Ok(Pass { gpu: Some((gpu, self.kept.entry(key).or_default())) })
+        Ok(Pass { gpu: Some(OnGpu { gpu, kept: self.kept.entry(key).or_default(), done: 0 }) })
     }
 }
 
@@ -61,16 +69,16 @@ impl Replay {
 }
 
 impl Pass<'_> {
-    /// What `work` does, which launches and waits for nothing, as the next stretch of the pass: number `index` from 0 on.
-    pub fn stretch(&mut self, index: usize, work: &dyn Fn() -> Result<()>) -> Result<()> {
+    /// What `work` does, which launches and waits for nothing, as the next stretch of the pass.
+    pub fn stretch(&mut self, work: &dyn Fn() -> Result<()>) -> Result<()> {
         #[cfg(any(feature = "cuda", test))]
-        if let Some((gpu, kept)) = &mut self.gpu {
-            if kept.len() == index {
+        if let Some(OnGpu { gpu, kept, done }) = &mut self.gpu {
+            if kept.len() == *done {
                 kept.push(Kept::default());
             }
-            return gpu.replay(&mut kept[index], work);
+            *done += 1;
+            return gpu.replay(&mut kept[*done - 1], work);
         }
-        let _ = index;
         work()
     }
 }

@@ -37,17 +37,24 @@ case " $* " in
     *" --version "*) printf 'nvcc\nof a software GPU\n\nCuda compilation tools, release 13.0, V13.0.88\n' && exit ;;
     *" --list-gpu-code "*) printf 'sm_80\nsm_90\n' && exit ;;
 esac
-out= kind=objects
+out= folder= kind=objects sources=()
 while [ $# -gt 0 ]; do
     case $1 in
-        -o) out=$2 ;;
-        -ptx | --ptx) kind=text ;;
+        -o) out=$2 && shift ;;
+        --output-directory) folder=$2 && shift ;;
+        -ptx | --ptx) kind=texts ;;
         -lib | --lib) kind=library ;;
+        *.cu) sources+=("$1") ;;
     esac
     shift
 done
 case $kind in
-    text) echo "// nothing" >"$out" ;;
+    texts)
+        for source in "${sources[@]}"; do
+            name=${source##*/}
+            echo "// nothing" >"$folder/${name%.cu}.ptx"
+        done
+        ;;
     objects) "${CC:-cc}" -x c -c -fPIC /dev/null -o "$out" ;;
     library)
         "${CC:-cc}" -x c -c -fPIC /dev/null -o "$out.o"

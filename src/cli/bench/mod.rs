@@ -91,7 +91,12 @@ struct Subject {
 impl Subject {
     /// What [`configure`] has prepared.
     fn new((config, folder): (Config, TempDir)) -> Result<Subject> {
-        let learner = Learner::new(&config, &run::device(&config)?, 1, 0, 1)?;
+        let device = run::device(&config)?;
+        Subject::on(&device, (config, folder))
+    }
+
+    fn on(device: &Device, (config, folder): (Config, TempDir)) -> Result<Subject> {
+        let learner = Learner::new(&config, device, 1, 0, 1)?;
         Ok(Subject { config, learner, comm: Solo::default(), steps: 0, _folder: folder })
     }
 

@@ -84,8 +84,9 @@ impl Trial {
     fn new<'a>(overrides: impl IntoIterator<Item = &'a str>) -> Result<Trial> {
         let (config, folder) = configure(overrides)?;
         let threads = run::use_threads(config.parallel.threads, 1)?;
-        let before = memory::current(&run::device(&config)?)?;
-        let mut subject = Subject::new((config, folder))?;
+        let device = run::device(&config)?;
+        let before = memory::current(&device)?;
+        let mut subject = Subject::on(&device, (config, folder))?;
         subject.warm_up(FINE)?;
         Ok(Trial { subject, threads, before })
     }

@@ -50,8 +50,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 // Rounded, whatever it is added to.
 inline float __fmul_rn(float x, float y) {
-    float product = x * y;
-    asm("" : "+x"(product));
+    volatile float product = x * y;
     return product;
 }
 
