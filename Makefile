@@ -30,7 +30,7 @@ test-slurm: build ## Train under a Slurm of this machine: stop, requeue, continu
 test-net: build ## Train on several hosts, network namespaces of this machine; cut one off (root)
 	@tests/net/run.sh $(VCYCLE)
 
-test-software-gpu: deps ## Run the CUDA build on a GPU made of software: tests, runs of every kind (15 minutes)
+test-software-gpu: deps ## Run the CUDA build on a GPU made of software: tests, runs of every kind (20 minutes)
 	@tests/software-gpu/run.sh target/software-gpu
 
 fmt: ## Format the code
