@@ -304,7 +304,8 @@ impl Trainer {
                 .as_mut()
                 .map_or(Ok(()), |root| lines.into_iter().try_for_each(|line| root.recorder.record(&line)))?;
         }
-        let (tokens, flops) = (self.tokens(), self.flops.total);
+        // With what measuring has waited, which is before the next line's time.
+        let (tokens, flops, waited) = (self.tokens(), self.flops.total, self.waited(comm));
         let Clock { line, line_tokens, line_flops, line_waited, .. } = &mut self.clock;
         (*line, *line_tokens, *line_flops, *line_waited) = (Instant::now(), tokens, flops, waited);
         Ok(())

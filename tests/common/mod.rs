@@ -44,12 +44,12 @@ pub fn metrics(run: &Path) -> Vec<Value> {
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
-/// What a run computed, without its timings.
+/// What a run computed, without what follows from the machine.
 pub fn results(run: &Path) -> Vec<Value> {
-    let timings = ["elapsed_s", "tokens_per_s", "mfu", "ranks"];
+    let of_the_machine = ["elapsed_s", "tokens_per_s", "mfu", "memory_bytes", "ranks"];
     let mut lines = metrics(run);
     for line in &mut lines {
-        line.as_object_mut().unwrap().retain(|key, _| !timings.contains(&key.as_str()));
+        line.as_object_mut().unwrap().retain(|key, _| !of_the_machine.contains(&key.as_str()));
     }
     lines
 }
