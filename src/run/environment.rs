@@ -1,5 +1,6 @@
 //! The machine a rank runs on: cores, threads, peak speed, provenance.
 
+use super::memory::forget_peak;
 use crate::comm::{self, Communicator, Reduction};
 use crate::error::{Context, Result};
 use crate::model::Spec;
@@ -63,10 +64,7 @@ fn gemm_peak_of_gpu(device: &Device, dtype: DType) -> Result<f64> {
         Ok(device.synchronize()?)
     });
     drop((a, b, c));
-    #[cfg(feature = "cuda")]
-    if let Device::Cuda(device) = device {
-        crate::ops::cuda::forget_peak_memory(device)?;
-    }
+    forget_peak(device)?;
     found
 }
 

@@ -3,24 +3,32 @@
 use crate::error::{Context, Result};
 use candle_core::Device;
 
-/// Bytes taken now.
-pub fn current(device: &Device) -> Result<u64> {
-    #[cfg(feature = "cuda")]
-    if let Device::Cuda(device) = device {
-        return Ok(crate::ops::cuda::memory(device)?.current);
-    }
-    debug_assert!(device.is_cpu());
-    status("VmRSS")
+/// Bytes.
+pub struct Memory {
+    pub current: u64,
+    /// The most at once. Unlike `getrusage`'s figure a CPU's knows nothing of the parent process.
+    pub peak: u64,
 }
 
-/// The most bytes taken at once. Unlike `getrusage`'s figure a CPU's knows nothing of the parent process.
-pub fn peak(device: &Device) -> Result<u64> {
+/// What is taken now, and has been.
+pub fn memory(device: &Device) -> Result<Memory> {
     #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = device {
-        return Ok(crate::ops::cuda::memory(device)?.peak);
+        let [current, peak] = crate::ops::cuda::memory(device)?;
+        return Ok(Memory { current, peak });
     }
     debug_assert!(device.is_cpu());
-    status("VmHWM")
+    Ok(Memory { current: status("VmRSS")?, peak: status("VmHWM")? })
+}
+
+/// After what was measured with tensors of its own: a GPU's peak counts from now on, and what is freed goes back to the driver.
+pub fn forget_peak(device: &Device) -> Result<()> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(device) = device {
+        crate::ops::cuda::forget_peak_memory(device)?;
+    }
+    debug_assert!(!device.is_cpu(), "the kernel's figure of a CPU cannot be reset");
+    Ok(())
 }
 
 fn status(key: &str) -> Result<u64> {
@@ -39,8 +47,8 @@ mod tests {
     fn touched_memory_is_counted() {
         // Other tests take and free memory meanwhile: only what is held here is certain.
         let memory = std::hint::black_box(vec![1u8; 64 << 20]);
-        assert!(current(&Device::Cpu).unwrap() >= 64 << 20);
+        assert!(super::memory(&Device::Cpu).unwrap().current >= 64 << 20);
         drop(memory);
-        assert!(peak(&Device::Cpu).unwrap() >= 64 << 20);
+        assert!(super::memory(&Device::Cpu).unwrap().peak >= 64 << 20);
     }
 }

@@ -8,7 +8,7 @@ use super::environment;
 use super::execute::{Executor, Now, RoundReport};
 use super::history::Metrics;
 use super::learner::{Learner, StepReport};
-use super::memory;
+use super::memory::memory;
 use super::progress::{Progress, coset_at};
 use super::recorder::Recorder;
 use super::resolve::resolve_vocab;
@@ -291,7 +291,7 @@ impl Trainer {
         let since_line = |i: usize| waited[i].saturating_sub(self.clock.line_waited[i]);
         let ranks = Balance::measure(comm, [since_line(0), since_line(1)], self.clock.line.elapsed())?;
         // No run ends because the kernel does not tell.
-        let mut most = [memory::peak(self.executor.learner.device()).unwrap_or(0) as f64];
+        let mut most = [memory(self.executor.learner.device()).map_or(0, |memory| memory.peak) as f64];
         comm.reduce(&mut most, Reduction::Max)?;
         if let Some(peak_flops) = self.root.as_ref().map(|root| root.peak_flops) {
             let memory_bytes = Some(most[0] as u64).filter(|&bytes| bytes > 0);

@@ -78,7 +78,7 @@ int submit(Stream* stream, Work work) {
 int submit_uncapturable(Stream* stream, const char* what, Work work) {
     Lock lock;
     if (!stream->capture) return submit(stream, std::move(work));
-    stream->capture->broken = what;
+    stream->capture->broken = true;
     std::fprintf(stderr, "software GPU: %s while a graph is captured\n", what);
     return CAPTURE_UNSUPPORTED;
 }

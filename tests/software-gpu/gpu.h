@@ -20,8 +20,8 @@ using Work = std::function<bool()>;
 
 struct Graph {
     std::vector<Work> work;
-    // What it was asked for cannot be captured.
-    const char* broken = nullptr;
+    // It was asked for what cannot be captured.
+    bool broken = false;
 };
 
 struct Stream {

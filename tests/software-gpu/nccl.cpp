@@ -11,7 +11,7 @@ using namespace gpu;
 
 namespace {
 
-enum Result { OK = 0, SYSTEM = 2, INVALID = 4, MISUSED = 5, IN_PROGRESS = 7 };
+enum Result { OK = 0, INVALID = 4, MISUSED = 5, IN_PROGRESS = 7 };
 constexpr int FLOAT = 7, SUM = 0, NO_COLOR = -1;
 
 using Bytes = std::vector<char>;

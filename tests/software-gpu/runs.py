@@ -66,14 +66,15 @@ RUNS = {
 FIELDS = ["loss", "grad_norm", "val_loss"]
 
 
-def train(program, directory, ranks, settings, *options):
-    """The metrics of a run, a dictionary for each step."""
+def train(program, directory, ranks, settings, *options, order="late"):
+    """The metrics of a run, a dictionary for each step. `order` is that of the streams, see gpu.h."""
     command = [program, "train", str(directory.parent / "config.toml"), "--run-dir", str(directory), *options]
     for setting in settings:
         command += ["--set", setting]
     if ranks > 1:
         command = ["mpirun", "-n", str(ranks), *command]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    environment = {**os.environ, "VCYCLE_SOFTWARE_GPU": order}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
     if done.returncode != 0:
         raise AssertionError(f"exit {done.returncode}: {' '.join(command)}\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
@@ -106,9 +107,7 @@ def check(program, folder, name, ranks, settings):
     worst = compare(gpu, cpu, allowed)
     if ranks > 1:
         # Exchanges not as late as they may be, but as early.
-        os.environ["VCYCLE_SOFTWARE_GPU"] = "crossed"
-        compare(train(program, folder / "crossed", ranks, on_gpu), cpu, allowed)
-        del os.environ["VCYCLE_SOFTWARE_GPU"]
+        compare(train(program, folder / "crossed", ranks, on_gpu, order="crossed"), cpu, allowed)
     # Again from the middle.
     shutil.copytree(folder / "gpu", folder / "again")
     shutil.rmtree(folder / "again/checkpoints/step-00000008")

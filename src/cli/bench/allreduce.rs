@@ -1,6 +1,6 @@
 //! `vcycle bench allreduce`
 
-use super::{Common, agreed_max, configure, joined, median};
+use super::{Common, configure, joined, median, slowest};
 use crate::cli::text::{seconds, table};
 use crate::comm::{Communicator, Exchange, World};
 use crate::error::{Outcome, Result};
@@ -8,7 +8,6 @@ use crate::run;
 use candle_core::{DType, Device, Tensor};
 use serde::Serialize;
 use std::io::Write;
-use std::time::Instant;
 
 /// Time of sums over the ranks by size, as gradients are summed: mpirun -n 4 vcycle bench allreduce
 ///
@@ -74,14 +73,13 @@ fn size(bytes: usize) -> String {
     if bytes < 1 << 20 { format!("{} KiB", bytes >> 10) } else { format!("{} MiB", bytes >> 20) }
 }
 
-/// Seconds that the sum of `values` takes the slowest rank, all starting together.
+/// Seconds that the sum of `values` takes the slowest rank.
 fn sum(comm: &mut dyn Communicator, values: &Tensor) -> Result<f64> {
     values.device().synchronize()?;
-    comm.barrier()?;
-    let start = Instant::now();
-    let ticket = comm.start(Exchange::Sum, vec![vec![values.clone()]])?;
-    comm.wait(ticket)?;
-    agreed_max(comm, start.elapsed().as_secs_f64())
+    slowest(comm, |comm| {
+        let ticket = comm.start(Exchange::Sum, vec![vec![values.clone()]])?;
+        comm.wait(ticket)
+    })
 }
 
 impl Report {

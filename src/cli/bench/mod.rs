@@ -151,6 +151,15 @@ fn agreed_max(comm: &mut dyn Communicator, value: f64) -> Result<f64> {
     Ok(values[0])
 }
 
+/// Seconds that `work` takes the slowest rank, all starting together.
+fn slowest(comm: &mut dyn Communicator, work: impl FnOnce(&mut dyn Communicator) -> Result<()>) -> Result<f64> {
+    comm.barrier()?;
+    let start = Instant::now();
+    work(comm)?;
+    let own = start.elapsed().as_secs_f64();
+    agreed_max(comm, own)
+}
+
 /// Two shards of tokens drawn without pattern, enough for a few batches and an evaluation.
 fn write_random_data(folder: &Path, config: &Config) -> Result<()> {
     let vocab = config.model.vocab.unwrap_or(256) as u64;

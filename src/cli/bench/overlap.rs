@@ -1,6 +1,6 @@
 //! `vcycle bench overlap`
 
-use super::{Common, FINE, PAPER, Subject, agreed_max, configure, joined, median};
+use super::{Common, FINE, PAPER, Subject, agreed_max, configure, joined, median, slowest};
 use crate::cli::text::{percent, seconds};
 use crate::comm::{Buckets, Communicator, World};
 use crate::data::share;
@@ -8,7 +8,6 @@ use crate::error::{Outcome, Result};
 use crate::run::{self, Ends, Learner, Receivers};
 use serde::Serialize;
 use std::io::Write;
-use std::time::Instant;
 
 /// How much of the gradient's sums over the ranks a backward pass hides: mpirun -n 4 vcycle bench overlap
 ///
@@ -73,15 +72,6 @@ fn measure(args: &Args, subject: &mut Subject, comm: &mut dyn Communicator) -> R
     }
     // Ranks that exit while others still work would end them.
     comm.barrier()
-}
-
-/// Seconds that `work` takes the slowest rank, all starting together.
-fn slowest(comm: &mut dyn Communicator, work: impl FnOnce(&mut dyn Communicator) -> Result<()>) -> Result<f64> {
-    comm.barrier()?;
-    let start = Instant::now();
-    work(comm)?;
-    let own = start.elapsed().as_secs_f64();
-    agreed_max(comm, own)
 }
 
 /// The gradient of this rank's share of a global batch; with `summed`, the sum over all ranks.

@@ -7,7 +7,7 @@ use crate::cli::text::{bytes, percent, table};
 use crate::cycle::tokens_per_step;
 use crate::error::{Context, Outcome, Result};
 use crate::ops::profile::{self, Entry};
-use crate::run::{self, memory};
+use crate::run;
 use serde::Serialize;
 use serde_json::json;
 use std::io::{BufRead, Write};
@@ -85,7 +85,7 @@ impl Trial {
         let (config, folder) = configure(overrides)?;
         let threads = run::use_threads(config.parallel.threads, 1)?;
         let device = run::device(&config)?;
-        let before = memory::current(&device)?;
+        let before = run::memory(&device)?.current;
         let mut subject = Subject::on(&device, (config, folder))?;
         subject.warm_up(FINE)?;
         Ok(Trial { subject, threads, before })
@@ -127,7 +127,7 @@ impl Trial {
     fn memory(&self) -> Result<Memory> {
         let Subject { config, learner, .. } = &self.subject;
         let predicted = RankMemory::new(config, learner.spec(), 1, 1).total;
-        Ok(Memory { before: self.before, peak: memory::peak(learner.device())?, predicted })
+        Ok(Memory { before: self.before, peak: run::memory(learner.device())?.peak, predicted })
     }
 
     /// One line of JSON when ready, and one for each line of standard input.

@@ -158,8 +158,9 @@ impl Model<'_> {
         let messages = self.messages(level, ranks, ends);
         let duration = |values: usize| self.duration(values, ranks);
         let scattered = if self.is_sharded(ranks) { 0.5 } else { 1.0 };
-        let sums_s = last_end(&messages, 0.0, self.overlap(ranks), duration);
-        let end = last_end(&messages, compute_s, self.overlap(ranks), |values| scattered * duration(values));
+        let overlap = self.overlap(ranks);
+        let sums_s = last_end(&messages, 0.0, overlap, duration);
+        let end = last_end(&messages, compute_s, overlap, |values| scattered * duration(values));
         let gather_s = (1.0 - scattered) * sums_s;
         let exposed_s = if ranks > 1 { (end - compute_s).max(0.0) + gather_s } else { 0.0 };
         Step { compute_s, update_s: self.update_seconds(self.config.rows(level), ranks), sums_s, exposed_s }

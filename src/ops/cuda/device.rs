@@ -8,7 +8,7 @@ use candle_core::cuda_backend::cudarc::driver::{
 };
 use candle_core::{CudaDevice, DType, Device, Storage, Tensor};
 use std::cell::RefCell;
-use std::ffi::{c_int, c_void};
+use std::ffi::c_void;
 
 /// The oldest GPUs that the kernels are compiled for: A100.
 const LEAST_CAPABILITY: (i32, i32) = (8, 0);
@@ -56,8 +56,8 @@ pub fn select(local_rank: usize) -> Result<Selected> {
         LEAST_CAPABILITY.0,
         LEAST_CAPABILITY.1
     );
-    keep_memory(ordinal)?;
     let device = CudaDevice::new_with_stream(ordinal).with_context(|| format!("cannot use GPU {ordinal} ({name})"))?;
+    keep_memory(&device)?;
     // SAFETY: all work of this process is on the device's one stream, but for exchanges between GPUs, which order themselves.
     unsafe { device.disable_event_tracking() };
     sum_in_f32(&device)?;
@@ -66,26 +66,12 @@ pub fn select(local_rank: usize) -> Result<Selected> {
 }
 
 /// Freed memory stays in the process's pool: by default it would go back to the driver at each synchronisation.
-fn keep_memory(ordinal: usize) -> Result<()> {
-    let threshold = u64::MAX;
-    let value: *const u64 = &threshold;
-    // SAFETY: the attribute is a 64-bit number, read during the call.
-    unsafe {
-        let device = result::device::get(ordinal as c_int).map_err(driver_error)?;
-        let pool = result::device::get_default_mem_pool(device).map_err(driver_error)?;
-        let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-        result::mem_pool::set_attribute(pool, attribute, value as *mut c_void).map_err(driver_error)
-    }
+fn keep_memory(device: &CudaDevice) -> Result<()> {
+    set(pool(device)?, sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX)
 }
 
-/// Bytes of a GPU's memory that this process has for tensors.
-pub struct Memory {
-    pub current: u64,
-    /// The most at once.
-    pub peak: u64,
-}
-
-pub fn memory(device: &CudaDevice) -> Result<Memory> {
+/// Bytes of the GPU's memory that this process has for tensors: now, and the most at once.
+pub fn memory(device: &CudaDevice) -> Result<[u64; 2]> {
     let pool = pool(device)?;
     let read = |attribute| -> Result<u64> {
         let mut bytes = 0u64;
@@ -93,22 +79,26 @@ pub fn memory(device: &CudaDevice) -> Result<Memory> {
         unsafe { result::mem_pool::get_attribute(pool, attribute, (&raw mut bytes).cast()) }.map_err(driver_error)?;
         Ok(bytes)
     };
-    Ok(Memory {
-        current: read(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?,
-        peak: read(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?,
-    })
+    Ok([
+        read(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?,
+        read(sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH)?,
+    ])
 }
 
-/// The peak of [`memory`] counts from now on, and what is freed goes back to the driver: after what was measured with tensors of its own.
+/// The peak of [`memory`] counts from now on, and what is freed goes back to the driver.
 pub fn forget_peak_memory(device: &CudaDevice) -> Result<()> {
     device.cuda_stream().synchronize().map_err(driver_error)?;
-    let (pool, mut none) = (pool(device)?, 0u64);
-    let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
-    // SAFETY: the attribute is a 64-bit number, which 0 resets, read during the call; nothing freed is in use after the wait above.
-    unsafe {
-        result::mem_pool::set_attribute(pool, attribute, (&raw mut none).cast()).map_err(driver_error)?;
-        result::mem_pool::trim_to(pool, 0).map_err(driver_error)
-    }
+    let pool = pool(device)?;
+    // 0 resets it.
+    set(pool, sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH, 0)?;
+    // SAFETY: nothing that is freed is in use after the wait above.
+    unsafe { result::mem_pool::trim_to(pool, 0) }.map_err(driver_error)
+}
+
+/// Sets an attribute that is a number of bytes.
+fn set(pool: sys::CUmemoryPool, attribute: sys::CUmemPool_attribute, mut bytes: u64) -> Result<()> {
+    // SAFETY: a 64-bit number, read during the call.
+    unsafe { result::mem_pool::set_attribute(pool, attribute, (&raw mut bytes).cast()) }.map_err(driver_error)
 }
 
 /// What the device's tensors are taken from.

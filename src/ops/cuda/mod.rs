@@ -16,7 +16,7 @@ mod kernels;
 mod tests;
 
 #[cfg(feature = "cuda")]
-pub use device::{Memory, Selected, forget_peak_memory, memory, select, uuid, visible};
+pub use device::{Selected, forget_peak_memory, memory, select, uuid, visible};
 pub use kernels::{AdamWRule, Address, Kernels, Stream, Stretch, Stretches};
 
 use super::access::no_kernel;
