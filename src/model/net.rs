@@ -53,8 +53,13 @@ impl Net {
 
     /// Bytes that the ops' own scratch adds to that in the first step: as good as all of it is the classifier's.
     pub fn scratch_bytes(spec: &Spec, micro_batch: usize) -> u64 {
-        let chunk = Extent::new(spec, 0, micro_batch).chunk();
+        let chunk = Net::logit_rows(spec, micro_batch);
         classifier::scratch_bytes(chunk, spec.width, spec.vocab, spec.dtype.size_in_bytes()) as u64
+    }
+
+    /// Positions whose logits are held at once.
+    pub fn logit_rows(spec: &Spec, micro_batch: usize) -> usize {
+        Extent::new(spec, 0, micro_batch).chunk()
     }
 
     /// Σ over tokens of the cross-entropy, forward only. `tokens` and `targets` hold whole sequences of

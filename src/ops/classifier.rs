@@ -17,6 +17,8 @@ use candle_core::{DType, Tensor};
 use rayon::prelude::*;
 use std::ops::Range;
 
+/// The part of the op between its products, as the profile names it.
+const SOFTMAX: &str = "classifier::softmax";
 /// Tokens of the vocabulary in a tile.
 const TILE: usize = 256;
 /// Tiles in a task of the backward pass; each task has a dx of its own, which are added in the end.
@@ -115,6 +117,7 @@ fn on_gpu(
         let x_rows = gpu.matrix(&x.narrow(0, first, rows)?, d)?;
         gpu.multiply([rows, vocab, d], 1.0, x_rows, w.t(), 0.0, z)?;
         let (targets, losses) = (targets.offset(first * size_of::<u32>()), losses.offset(first * float));
+        let softmax = profile::time(SOFTMAX);
         gpu.launch(op, |k, stream| {
             Ok(match &gradient {
                 None => unsafe { (k.softmax_loss)(element, z.at, targets, losses, rows, vocab as u32, stream) },
@@ -124,6 +127,7 @@ fn on_gpu(
                 },
             })
         })?;
+        drop(softmax);
         if let Some(Gradient { dx, dw, .. }) = &gradient {
             gpu.multiply([rows, d, vocab], 1.0, z, w, 0.0, gpu.matrix(&dx.narrow(0, first, rows)?, d)?)?;
             gpu.multiply([vocab, d, rows], 1.0, z.t(), x_rows, 1.0, gpu.matrix(dw, d)?)?;
@@ -272,7 +276,7 @@ impl<'a, T: Real> Chunk<'a, T> {
 
 /// max = column maxima of z [_, rows], z = exp (z - max), sum = column sums of that.
 fn exponentials<T: Real>(z: &mut [T], max: &mut [T], sum: &mut [T]) {
-    let _time = profile::time_on_thread("classifier::softmax");
+    let _time = profile::time_on_thread(SOFTMAX);
     let rows = max.len();
     vectorized(
         #[inline(always)]
@@ -324,7 +328,7 @@ fn combine<T: Real>(tiles: &mut [T], whole: &mut Stats<T>) {
 
 /// z = z * scale * factors, a factor a column.
 fn scale_columns<T: Real>(z: &mut [T], scale: T, factors: &mut [T]) {
-    let _time = profile::time_on_thread("classifier::softmax");
+    let _time = profile::time_on_thread(SOFTMAX);
     vectorized(
         #[inline(always)]
         || {

@@ -70,7 +70,17 @@ pub fn time_on_thread(op: &'static str) -> Timer {
 #[inline]
 fn start(op: &'static str, weight: [usize; 2], threads: usize) -> Timer {
     let on = ON.load(Ordering::Relaxed);
-    Timer(on.then(|| Running { op, weight, threads, start: Instant::now() }))
+    Timer(on.then(|| {
+        wait_for_gpu();
+        Running { op, weight, threads, start: Instant::now() }
+    }))
+}
+
+/// Until the work of the ops before is done. An error comes back from the next op.
+fn wait_for_gpu() {
+    if let Some(gpu) = &*lock(&GPU) {
+        let _ = gpu.synchronize();
+    }
 }
 
 /// The entries so far, in the order of their first calls; counting starts anew.
@@ -85,10 +95,7 @@ fn lock<T>(mutex: &'static Mutex<T>) -> MutexGuard<'static, T> {
 impl Drop for Timer {
     fn drop(&mut self) {
         let Some(Running { op, weight, threads, start }) = self.0.take() else { return };
-        if let Some(gpu) = &*lock(&GPU) {
-            // An error comes back from the next op.
-            let _ = gpu.synchronize();
-        }
+        wait_for_gpu();
         let seconds = start.elapsed().as_secs_f64() / threads as f64;
         let mut entries = lock(&ENTRIES);
         match entries.iter_mut().find(|entry| (entry.op, entry.weight) == (op, weight)) {

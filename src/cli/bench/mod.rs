@@ -3,6 +3,7 @@
 mod allreduce;
 mod breakdown;
 mod machine;
+mod ops;
 mod overhead;
 mod overlap;
 mod scaling;
@@ -31,6 +32,7 @@ pub struct Args {
 enum Benchmark {
     /// A training step on the finest level: speed, time by op, memory.
     Step(step::Args),
+    Ops(ops::Args),
     /// Time of a step against blocks, width, context, batch and vocabulary, beside the FLOP count.
     Scaling(scaling::Args),
     /// What a run does between steps: switches of level, evaluation, a line of metrics.
@@ -50,6 +52,7 @@ impl Args {
 pub fn run(args: Args, world: &mut World) -> Result<Outcome> {
     match args.benchmark {
         Benchmark::Step(args) => step::run(args),
+        Benchmark::Ops(args) => ops::run(&args),
         Benchmark::Scaling(args) => scaling::run(&args),
         Benchmark::Overhead(args) => overhead::run(&args),
         Benchmark::Machine(args) => machine::run(&args, world),
