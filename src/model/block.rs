@@ -29,22 +29,24 @@ pub(super) struct Field<'a> {
 }
 
 impl Field<'_> {
-    /// out += s · SA(LN1 x), x = e.x. Keeps stats1, qkv, att and lse (=).
-    pub fn attention(&self, e: &Evaluation, s: f64, out: &Tensor) -> Result<()> {
+    /// out = onto + s · SA(LN1 x), x = e.x. Keeps stats1, qkv, att and lse (=). onto may be out.
+    pub fn attention(&self, e: &Evaluation, s: f64, onto: &Tensor, out: &Tensor) -> Result<()> {
         let (theta, normed) = (self.theta, &self.scratch.normed);
         layer_norm::forward(&e.x, &theta.ln1, normed, &e.stats1)?;
-        linear::forward(self.factors, normed, &theta.qkv.weight, Some(&theta.qkv.bias), 1.0, 0.0, &e.qkv)?;
+        linear::forward(self.factors, normed, &theta.qkv.weight, Some(&theta.qkv.bias), 1.0, None, &e.qkv)?;
         attention::forward(self.factors, &e.qkv, self.context, self.heads, &e.att, &e.lse)?;
-        linear::forward(self.factors, &e.att, &theta.attn_proj.weight, Some(&theta.attn_proj.bias), s, 1.0, out)
+        let proj = &theta.attn_proj;
+        linear::forward(self.factors, &e.att, &proj.weight, Some(&proj.bias), s, Some(onto), out)
     }
 
-    /// out += s · FF(LN2 y), y = e.y. Keeps stats2 and fc (=).
-    pub fn mlp(&self, e: &Evaluation, s: f64, out: &Tensor) -> Result<()> {
+    /// out = onto + s · FF(LN2 y), y = e.y. Keeps stats2 and fc (=). onto may be out.
+    pub fn mlp(&self, e: &Evaluation, s: f64, onto: &Tensor, out: &Tensor) -> Result<()> {
         let (theta, Scratch { normed, hidden, .. }) = (self.theta, self.scratch);
         layer_norm::forward(&e.y, &theta.ln2, normed, &e.stats2)?;
-        linear::forward(self.factors, normed, &theta.fc.weight, None, 1.0, 0.0, &e.fc)?;
+        linear::forward(self.factors, normed, &theta.fc.weight, None, 1.0, None, &e.fc)?;
         gelu::forward(&e.fc, &theta.fc.bias, hidden)?;
-        linear::forward(self.factors, hidden, &theta.mlp_proj.weight, Some(&theta.mlp_proj.bias), s, 1.0, out)
+        let proj = &theta.mlp_proj;
+        linear::forward(self.factors, hidden, &proj.weight, Some(&proj.bias), s, Some(onto), out)
     }
 
     /// dx += s · J_SAᵀ g, grads += s · ∂⟨g, SA(LN1 x)⟩/∂θ.

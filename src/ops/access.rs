@@ -94,6 +94,13 @@ pub fn check_mixed(op: &str, dtype: DType, summed: &[&str], inputs: &[Argument],
     Ok(())
 }
 
+/// Whether they are the same elements of one storage, in the same shape.
+pub fn is_same(a: &Tensor, b: &Tensor) -> bool {
+    storage_address(a) == storage_address(b)
+        && a.dims() == b.dims()
+        && a.layout().start_offset() == b.layout().start_offset()
+}
+
 fn storage_address(tensor: &Tensor) -> *const Storage {
     &*tensor.storage_and_layout().0
 }

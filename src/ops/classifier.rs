@@ -8,7 +8,7 @@
 //! tile of w meets the chunk's x, then a tile of dz meets both, while they are in the cache; w is never packed.
 use super::access::{check, check_indices, check_mixed, matrix_shape, on_device, read, write};
 #[cfg(any(feature = "cuda", test))]
-use super::cuda;
+use super::cuda::{self, Product};
 use super::matrix::{Factors, Mat, MatMut, multiply};
 use super::profile;
 use super::real::{PIECE, Real, vectorized, with_scratch};
@@ -115,7 +115,7 @@ fn on_gpu(
     for first in (0..n).step_by(chunk) {
         let rows = chunk.min(n - first);
         let x_rows = gpu.matrix(&x.narrow(0, first, rows)?, d)?;
-        gpu.multiply([rows, vocab, d], 1.0, x_rows, w.t(), 0.0, z)?;
+        gpu.multiply(Product::new([rows, vocab, d], x_rows, w.t(), z))?;
         let (targets, losses) = (targets.offset(first * size_of::<u32>()), losses.offset(first * float));
         let softmax = profile::time(SOFTMAX);
         gpu.launch(op, |k, stream| {
@@ -129,8 +129,9 @@ fn on_gpu(
         })?;
         drop(softmax);
         if let Some(Gradient { dx, dw, .. }) = &gradient {
-            gpu.multiply([rows, d, vocab], 1.0, z, w, 0.0, gpu.matrix(&dx.narrow(0, first, rows)?, d)?)?;
-            gpu.multiply([vocab, d, rows], 1.0, z.t(), x_rows, 1.0, gpu.matrix(dw, d)?)?;
+            let (dx_rows, dw) = (gpu.matrix(&dx.narrow(0, first, rows)?, d)?, gpu.matrix(dw, d)?);
+            gpu.multiply(Product::new([rows, d, vocab], z, w, dx_rows))?; // =
+            gpu.multiply(Product { beta: 1.0, ..Product::new([vocab, d, rows], z.t(), x_rows, dw) })?; // +=
         }
     }
     // The losses are float for either element type.

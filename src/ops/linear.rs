@@ -1,7 +1,7 @@
 //! Affine map of rows: y = x wᵀ + b.
-use super::access::{check, check_mixed, matrix_shape, on_device, read, write};
+use super::access::{check, check_mixed, is_same, matrix_shape, on_device, read, write};
 #[cfg(any(feature = "cuda", test))]
-use super::cuda;
+use super::cuda::{self, Address, BIAS_ALIGNMENT, Gpu, Product};
 use super::matrix::{Factors, Mat, MatMut, for_each_tile, multiply, multiply_parallel};
 use super::profile;
 use super::real::{Real, rows_per_piece, vectorized, with_scratch};
@@ -9,14 +9,15 @@ use crate::error::Result;
 use candle_core::Tensor;
 use rayon::prelude::*;
 
-/// out = beta * out + alpha * (x wᵀ + b).  x [n, i], w [o, i], b [o], out [n, o]. beta = 0 never reads out.
+/// out = onto + alpha * (x wᵀ + b).  x [n, i], w [o, i], b [o], onto and out [n, o]; without `onto` nothing is added, and it may be out
+/// itself.
 pub fn forward(
     factors: Factors,
     x: &Tensor,
     w: &Tensor,
     b: Option<&Tensor>,
     alpha: f64,
-    beta: f64,
+    onto: Option<&Tensor>,
     out: &Tensor,
 ) -> Result<()> {
     const OP: &str = "linear::forward";
@@ -27,35 +28,50 @@ pub fn forward(
     if let Some(b) = b {
         check(OP, x.dtype(), &[("b", b, &[o])], &[("out", out, &[n, o])])?;
     }
+    let elsewhere = onto.filter(|onto| !is_same(onto, out));
+    if let Some(onto) = elsewhere {
+        check(OP, x.dtype(), &[("onto", onto, &[n, o])], &[("out", out, &[n, o])])?;
+    }
     on_device!(OP, out, gpu => {
-        let beta = match b {
-            Some(b) => {
-                gpu.launch(OP, |k, stream| {
-                    let (element, o) = (gpu.element(OP, out)?, cuda::length(OP, "width", o)?);
-                    let (b, out) = (gpu.at(b)?, gpu.at(out)?);
-                    Ok(unsafe { (k.add_bias)(element, alpha as f32, b, beta as f32, out, n, o, stream) })
-                })?;
-                1.0
-            }
-            None => beta,
-        };
-        gpu.multiply([n, o, i], alpha, gpu.matrix(x, i)?, gpu.matrix(w, i)?.t(), beta, gpu.matrix(out, o)?)
+        let bias = b.map(|b| bias_on_gpu(OP, &gpu, b, alpha)).transpose()?;
+        let out = gpu.matrix(out, o)?;
+        let product = Product::new([n, o, i], gpu.matrix(x, i)?, gpu.matrix(w, i)?.t(), out);
+        let c = elsewhere.map_or(Ok(out), |onto| gpu.matrix(onto, o))?;
+        let beta = if onto.is_some() { 1.0 } else { 0.0 };
+        gpu.multiply(Product { alpha, beta, c, bias, ..product })
     }, T => {
         let (x, w) = (read::<T>(x)?, read::<T>(w)?);
-        let b = b.map(read::<T>).transpose()?;
+        let (b, elsewhere) = (b.map(read::<T>).transpose()?, elsewhere.map(read::<T>).transpose()?);
         let (x, w) = (Mat::new(&x, i), Mat::new(&w, i).t());
+        let elsewhere = elsewhere.as_ref().map(|onto| Mat::new(onto, o));
         write(out, |out: &mut [T]| {
             for_each_tile(MatMut::new(out, o), |mut tile| {
-                let mut beta = beta;
-                if let Some(b) = &b {
-                    scale_and_add_to_rows(T::of(beta), T::of(alpha), &b[tile.cols.clone()], &mut tile.elements);
-                    beta = 1.0;
-                }
+                let (rows, cols) = (tile.rows.clone(), tile.cols.clone());
+                let start = match (elsewhere, onto) {
+                    (Some(elsewhere), _) => Start::From(elsewhere.block(rows, cols)),
+                    (None, Some(_)) => Start::Kept,
+                    (None, None) => Start::Zero,
+                };
+                let b = b.as_ref().map(|b| &b[tile.cols.clone()]);
+                let beta = begin_rows(start, T::of(alpha), b, &mut tile.elements);
                 multiply(factors, alpha, x.rows(tile.rows), w.columns(tile.cols), beta, tile.elements);
             });
             Ok(())
         })
     })
+}
+
+/// alpha b, where a product takes it.
+#[cfg(any(feature = "cuda", test))]
+fn bias_on_gpu(op: &str, gpu: &Gpu, b: &Tensor, alpha: f64) -> Result<Address> {
+    let at = gpu.at(b)?;
+    if alpha == 1.0 && (at.0 as usize).is_multiple_of(BIAS_ALIGNMENT) {
+        return Ok(at);
+    }
+    let (element, n) = (gpu.element(op, b)?, b.elem_count());
+    let [scaled] = gpu.scratch([n * b.dtype().size_in_bytes()])?;
+    gpu.launch(op, |k, stream| Ok(unsafe { (k.combine)(element, alpha as f32, at, 0.0, at, scaled, n, stream) }))?;
+    Ok(scaled)
 }
 
 /// dx = beta * dx + alpha * dy w. dy [n, o], w [o, i], dx [n, i]. beta = 0 never reads dx.
@@ -66,7 +82,8 @@ pub fn backward_input(factors: Factors, dy: &Tensor, w: &Tensor, alpha: f64, bet
     let _time = profile::time_product(OP, [o, i]);
     check(OP, dy.dtype(), &[("dy", dy, &[n, o]), ("w", w, &[o, i])], &[("dx", dx, &[n, i])])?;
     on_device!(OP, dx, gpu => {
-        gpu.multiply([n, i, o], alpha, gpu.matrix(dy, o)?, gpu.matrix(w, i)?, beta, gpu.matrix(dx, i)?)
+        let product = Product::new([n, i, o], gpu.matrix(dy, o)?, gpu.matrix(w, i)?, gpu.matrix(dx, i)?);
+        gpu.multiply(Product { alpha, beta, ..product })
     }, T => {
         let (dy, w) = (read::<T>(dy)?, read::<T>(w)?);
         write(dx, |dx: &mut [T]| {
@@ -95,7 +112,8 @@ pub fn backward_weight(
         check_mixed(OP, dy.dtype(), &["db"], &[("dy", dy, &[n, o])], &[("db", db, &[o])])?;
     }
     on_device!(OP, dw, gpu => {
-        gpu.multiply([o, i, n], alpha, gpu.matrix(dy, o)?.t(), gpu.matrix(x, i)?, 1.0, gpu.matrix(dw, i)?)?;
+        let product = Product::new([o, i, n], gpu.matrix(dy, o)?.t(), gpu.matrix(x, i)?, gpu.matrix(dw, i)?);
+        gpu.multiply(Product { alpha, beta: 1.0, ..product })?;
         let Some(db) = db else { return Ok(()) };
         gpu.launch(OP, |k, stream| {
             let (element, o) = (gpu.element(OP, dy)?, cuda::length(OP, "width", o)?);
@@ -119,21 +137,36 @@ pub fn backward_weight(
     })
 }
 
-/// Each row of out = beta * out + alpha * b. beta = 0 does not read out.
-fn scale_and_add_to_rows<T: Real>(beta: T, alpha: T, b: &[T], out: &mut MatMut<T>) {
+/// What a product is added to.
+enum Start<'a, T> {
+    Zero,
+    /// What is there.
+    Kept,
+    From(Mat<'a, T>),
+}
+
+/// Each row of out = start + alpha * b, as far as it is not 0 or there already. Returns the β of the product that is still to be added.
+fn begin_rows<T: Real>(start: Start<T>, alpha: T, b: Option<&[T]>, out: &mut MatMut<T>) -> f64 {
+    let beta = if matches!((&start, b), (Start::Zero, None)) { 0.0 } else { 1.0 };
     vectorized(
         #[inline(always)]
         || {
             for row in 0..out.rows() {
-                let out = out.row(row).iter_mut().zip(b);
-                if beta == T::zero() {
-                    out.for_each(|(out, &b)| *out = alpha * b);
-                } else {
-                    out.for_each(|(out, &b)| *out = beta * *out + alpha * b);
+                let out = out.row(row);
+                match (&start, b) {
+                    (Start::Zero | Start::Kept, None) => return,
+                    (Start::Zero, Some(b)) => out.iter_mut().zip(b).for_each(|(out, &b)| *out = alpha * b),
+                    (Start::Kept, Some(b)) => out.iter_mut().zip(b).for_each(|(out, &b)| *out += alpha * b),
+                    (Start::From(start), None) => out.copy_from_slice(start.row(row)),
+                    (Start::From(start), Some(b)) => {
+                        let terms = start.row(row).iter().zip(b);
+                        out.iter_mut().zip(terms).for_each(|(out, (&start, &b))| *out = start + alpha * b);
+                    }
                 }
             }
         },
     );
+    beta
 }
 
 /// sums += alpha * column sums of the rows of x.
@@ -181,12 +214,20 @@ mod tests {
                 let tolerance = if dtype == DType::F64 { 1e-13 } else { 1e-5 };
                 let [x, w, b, y0] = inputs(shape, dtype);
                 let out = unset(y.dims(), dtype);
-                forward(Factors::Exact, &x, &w, Some(&b), 0.5, 0.0, &out).unwrap();
+                forward(Factors::Exact, &x, &w, Some(&b), 0.5, None, &out).unwrap();
                 assert_close(&out, &(&affine * 0.5).unwrap(), tolerance);
-                forward(Factors::Exact, &x, &w, None, 1.0, 0.0, &out).unwrap();
+                forward(Factors::Exact, &x, &w, None, 1.0, None, &out).unwrap();
                 assert_close(&out, &product, tolerance);
-                forward(Factors::Exact, &x, &w, Some(&b), -2.0, 3.0, &y0).unwrap();
-                assert_close(&y0, &((&y * 3.0).unwrap() - (&affine * 2.0).unwrap()).unwrap(), tolerance);
+                forward(Factors::Exact, &x, &w, None, 1.0, Some(&y0), &out).unwrap();
+                assert_close(&out, &(&y + &product).unwrap(), tolerance);
+                let added = (&y - (&affine * 2.0).unwrap()).unwrap();
+                forward(Factors::Exact, &x, &w, Some(&b), -2.0, Some(&y0), &out).unwrap();
+                assert_close(&out, &added, tolerance);
+                forward(Factors::Exact, &x, &w, Some(&b), -2.0, Some(&y0), &y0).unwrap();
+                assert_close(&y0, &added, tolerance);
+                assert_close(&y0, &out, 0.0);
+                forward(Factors::Exact, &x, &w, None, 1.0, Some(&y0), &y0).unwrap();
+                assert_close(&y0, &(&added + &product).unwrap(), tolerance);
             }
         }
     }
@@ -206,7 +247,7 @@ mod tests {
             let gradients = run(DType::F64);
             let loss = |inputs: &[Tensor]| {
                 let out = unset(dy.dims(), DType::F64);
-                forward(Factors::Exact, &inputs[0], &inputs[1], Some(&inputs[2]), 0.5, 0.0, &out).unwrap();
+                forward(Factors::Exact, &inputs[0], &inputs[1], Some(&inputs[2]), 0.5, None, &out).unwrap();
                 inner(&out, &dy)
             };
             assert_gradients(loss, &[x.clone(), w.clone(), b], &gradients);
@@ -235,7 +276,7 @@ mod tests {
         assert_independent_of_threads(|| {
             let [out, dx] = [unset(dy.dims(), DType::F32), unset(x.dims(), DType::F32)];
             let [dw, db] = [constant(0.0, w.dims(), DType::F32), constant(0.0, b.dims(), DType::F32)];
-            forward(Factors::Exact, &x, &w, Some(&b), 1.0, 0.0, &out).unwrap();
+            forward(Factors::Exact, &x, &w, Some(&b), 1.0, None, &out).unwrap();
             backward_input(Factors::Exact, &dy, &w, 1.0, 0.0, &dx).unwrap();
             backward_weight(Factors::Exact, &dy, &x, 1.0, &dw, Some(&db)).unwrap();
             vec![out, dx, dw, db]
@@ -246,9 +287,9 @@ mod tests {
     fn wrong_arguments_are_named() {
         let [x, w, b, dy] = inputs([3, 5, 2], DType::F32);
         let message = |result: Result<()>| result.unwrap_err().to_string();
-        let wrong = message(forward(Factors::Exact, &x, &w, Some(&x), 1.0, 0.0, &dy));
+        let wrong = message(forward(Factors::Exact, &x, &w, Some(&x), 1.0, None, &dy));
         assert!(wrong.contains("b has shape [3, 5], expected [2]"), "{wrong}");
-        let wrong = message(forward(Factors::Exact, &x, &w.to_dtype(DType::F64).unwrap(), Some(&b), 1.0, 0.0, &dy));
+        let wrong = message(forward(Factors::Exact, &x, &w.to_dtype(DType::F64).unwrap(), Some(&b), 1.0, None, &dy));
         assert!(wrong.contains("w is F64, expected F32"), "{wrong}");
         let wrong = message(backward_input(
             Factors::Exact,
@@ -260,14 +301,14 @@ mod tests {
         ));
         assert!(wrong.contains("dx is not contiguous"), "{wrong}");
         let square = constant(1.0, &[3, 3], DType::F32);
-        let wrong = message(forward(Factors::Exact, &square, &square, None, 1.0, 0.0, &square));
+        let wrong = message(forward(Factors::Exact, &square, &square, None, 1.0, None, &square));
         assert!(wrong.contains("out shares its storage with x"), "{wrong}");
         let empty = Tensor::zeros((0, 5), DType::F32, &candle_core::Device::Cpu).unwrap();
-        let wrong = message(forward(Factors::Exact, &empty, &w, Some(&b), 1.0, 0.0, &dy));
+        let wrong = message(forward(Factors::Exact, &empty, &w, Some(&b), 1.0, None, &dy));
         assert!(wrong.contains("x has shape [0, 5], expected a matrix that is not empty"), "{wrong}");
         let half = x.to_dtype(DType::BF16).unwrap();
         let wrong =
-            message(forward(Factors::Exact, &half, &half, None, 1.0, 0.0, &half.matmul(&half.t().unwrap()).unwrap()));
+            message(forward(Factors::Exact, &half, &half, None, 1.0, None, &half.matmul(&half.t().unwrap()).unwrap()));
         assert!(wrong.contains("no kernel for BF16"), "{wrong}");
     }
 }

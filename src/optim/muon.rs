@@ -22,7 +22,7 @@ use crate::config::OptimizerTable;
 use crate::error::Result;
 use crate::model::{Segment, Shard};
 #[cfg(any(feature = "cuda", test))]
-use crate::ops::cuda::{Address, Gpu, Operand};
+use crate::ops::cuda::{Address, Gpu, Operand, Product};
 use crate::ops::matrix::{Factors, Mat, MatMut, multiply};
 use crate::ops::real::{Real, reduce, vectorized, with_scratch};
 use candle_core::Tensor;
@@ -150,15 +150,12 @@ fn launch_orthogonalize(
     for _ in 0..ITERATIONS {
         let view = matrix(x, columns);
         let (left, right) = if rows <= columns { (view, view.t()) } else { (view.t(), view) };
-        gpu.multiply([small, small, rows.max(columns)], 1.0, left, right, 0.0, gram)?;
+        gpu.multiply(Product::new([small, small, rows.max(columns)], left, right, gram))?;
         // polynomial = a I + b A + c A²
-        gpu.launch(Muon::NAME, |k, stream| {
-            Ok(unsafe { (k.copy)(gram.at, polynomial.at, small * small * size_of::<f32>(), stream) })
-        })?;
-        gpu.multiply([small; 3], c, gram, gram, b, polynomial)?;
+        gpu.multiply(Product { alpha: c, beta: b, c: gram, ..Product::new([small; 3], gram, gram, polynomial) })?;
         gpu.launch(Muon::NAME, |k, stream| Ok(unsafe { (k.add_diagonal)(polynomial.at, a as f32, small, stream) }))?;
         let (left, right) = if rows <= columns { (polynomial, view) } else { (view, polynomial) };
-        gpu.multiply([rows, columns, small], 1.0, left, right, 0.0, matrix(next, columns))?;
+        gpu.multiply(Product::new([rows, columns, small], left, right, matrix(next, columns)))?;
         std::mem::swap(&mut x, &mut next);
     }
     Ok(x)

@@ -1,6 +1,7 @@
-// cuBLAS: products in f32 of factors in f32 or bf16.
+// cuBLASLt, which this project calls, and what candle calls of cuBLAS: products in f32 of factors in f32 or bf16.
 #include "gpu.h"
 #include <algorithm>
+#include <cstring>
 
 using namespace gpu;
 
@@ -17,13 +18,24 @@ enum { F32 = 0, BF16 = 14 };
 enum { N = 0, T = 1 };
 enum { COMPUTE_F32 = 68 };
 
+float read(const void* at, int type, size_t i) {
+    return type == F32 ? static_cast<const float*>(at)[i] : __bfloat162float(static_cast<const __nv_bfloat16*>(at)[i]);
+}
+
+void write(void* at, int type, size_t i, float value) {
+    if (type == F32)
+        static_cast<float*>(at)[i] = value;
+    else
+        static_cast<__nv_bfloat16*>(at)[i] = __float2bfloat16_rn(value);
+}
+
 struct Matrix {
     const void* at;
     int type, operation;
     size_t pitch;
     float operator()(size_t row, size_t column) const {
         size_t i = operation == N ? column * pitch + row : row * pitch + column;
-        return type == F32 ? static_cast<const float*>(at)[i] : __bfloat162float(static_cast<const __nv_bfloat16*>(at)[i]);
+        return read(at, type, i);
     }
 };
 
@@ -48,8 +60,18 @@ void multiply_rows(size_t m, size_t n, size_t k, const float* a, const float* b,
     }
 }
 
-// c = alpha a b + beta c, all by columns: a [m, k], b [k, n].
-void multiply(size_t m, size_t n, size_t k, float alpha, Matrix a, Matrix b, float beta, void* c, int type, size_t pitch) {
+// By columns, all of one type.
+struct Sum {
+    const void* c;
+    size_t pitch_c;
+    const void* bias; // nullptr: none
+    void* d;
+    size_t pitch_d;
+    int type;
+};
+
+// d = alpha a b + beta c + bias, all by columns: a [m, k], b [k, n], bias [m].
+void multiply(size_t m, size_t n, size_t k, float alpha, Matrix a, Matrix b, float beta, Sum sum) {
     std::vector<float> a_rows(k * m), b_rows(n * k), result(n * m);
     for (size_t p = 0; p < k; ++p)
         for (size_t i = 0; i < m; ++i) a_rows[p * m + i] = a(i, p);
@@ -58,20 +80,86 @@ void multiply(size_t m, size_t n, size_t k, float alpha, Matrix a, Matrix b, flo
     multiply_rows(m, n, k, a_rows.data(), b_rows.data(), result.data());
     for (size_t j = 0; j < n; ++j)
         for (size_t i = 0; i < m; ++i) {
-            size_t at = j * pitch + i;
-            float product = alpha * result[j * m + i];
-            if (type == F32) {
-                float& to = static_cast<float*>(c)[at];
-                to = beta == 0 ? product : product + beta * to;
-            } else {
-                __nv_bfloat16& to = static_cast<__nv_bfloat16*>(c)[at];
-                to = __float2bfloat16_rn(beta == 0 ? product : product + beta * __bfloat162float(to));
-            }
+            float value = alpha * result[j * m + i];
+            if (beta != 0) value += beta * read(sum.c, sum.type, j * sum.pitch_c + i);
+            if (sum.bias) value += read(sum.bias, sum.type, i);
+            write(sum.d, sum.type, j * sum.pitch_d + i, value);
         }
 }
 
 // What measures a GPU's speed is not computed.
-bool only_measures(int m, int n, int k) { return m >= 8192 && n >= 8192 && k >= 8192; }
+bool only_measures(size_t m, size_t n, size_t k) { return m >= 8192 && n >= 8192 && k >= 8192; }
+
+// Of cuBLASLt: the attributes that are set.
+enum { TRANSA = 3, TRANSB = 4, EPILOGUE = 7, BIAS_POINTER = 8 };
+enum { MAX_WORKSPACE = 1, REDUCTIONS = 3, ALIGNMENT_A = 5, ALIGNMENT_D = 8 };
+enum { PLAIN = 1, BIAS = 4 };
+enum { IN_COMPUTE_TYPE = 2 };
+
+struct Operation {
+    int compute, scale, operation_a = N, operation_b = N;
+    uint32_t epilogue = PLAIN;
+    const void* bias = nullptr;
+};
+
+struct Layout {
+    int type;
+    uint64_t rows, columns;
+    int64_t pitch;
+    bool operator==(const Layout&) const = default;
+};
+
+struct Preference {
+    uint64_t workspace = 0;
+    uint32_t reductions = 7, alignment[4] = {256, 256, 256, 256};
+};
+
+// What an algorithm is for. It is told by an address in the 64 bytes that the caller keeps, and lives as long as the program.
+struct Algorithm {
+    int operation_a, operation_b;
+    uint32_t epilogue, alignment[4], bias_alignment;
+    Layout layouts[4];
+    uint64_t workspace;
+};
+
+struct Found {
+    const Algorithm* algorithm;
+    uint64_t rest[7];
+    size_t workspace;
+    int state;
+    float waves;
+    int reserved[4];
+};
+
+uint32_t alignment_of(const void* at) {
+    uintptr_t address = reinterpret_cast<uintptr_t>(at);
+    uint32_t alignment = 1;
+    while (alignment < 256 && address % (2 * alignment) == 0) alignment *= 2;
+    return alignment;
+}
+
+// Of the 16 bytes that kernels with a bias want, and of all else that they do not take.
+bool is_supported(const Operation& on, const Layout& a, const Layout& b, const Layout& c, const Layout& d, const Preference& wanted) {
+    bool types = a.type == b.type && (a.type == F32 || a.type == BF16) && c.type == d.type && (d.type == F32 || d.type == a.type);
+    bool bias = on.epilogue == PLAIN || (on.epilogue == BIAS && on.bias && alignment_of(on.bias) >= 16);
+    return types && bias && on.compute == COMPUTE_F32 && on.scale == F32 && (wanted.reductions & IN_COMPUTE_TYPE);
+}
+
+bool fits(const Operation& on, const Layout& a, const Layout& b, const Layout& c, const Layout& d) {
+    auto rows = [](const Layout& x, int operation) { return operation == N ? x.rows : x.columns; };
+    auto columns = [](const Layout& x, int operation) { return operation == N ? x.columns : x.rows; };
+    for (const Layout* x : {&a, &b, &c, &d})
+        if (x->rows == 0 || x->columns == 0 || x->pitch < int64_t(x->rows)) return false;
+    return rows(a, on.operation_a) == d.rows && columns(b, on.operation_b) == d.columns && columns(a, on.operation_a) == rows(b, on.operation_b) &&
+           c.rows == d.rows && c.columns == d.columns;
+}
+
+template <class T>
+int set(T& to, const void* from, size_t bytes) {
+    if (bytes != sizeof(T)) return INVALID;
+    std::memcpy(&to, from, bytes);
+    return OK;
+}
 
 } // namespace
 
@@ -105,7 +193,8 @@ int cublasGemmStridedBatchedEx(void* handle, int op_a, int op_b, int m, int n, i
         for (int i = 0; i < batches; ++i) {
             Matrix left{static_cast<const char*>(a) + i * stride_a * size(type_a), type_a, op_a, size_t(pitch_a)};
             Matrix right{static_cast<const char*>(b) + i * stride_b * size(type_b), type_b, op_b, size_t(pitch_b)};
-            multiply(m, n, k, factor, left, right, keep, static_cast<char*>(c) + i * stride_c * size(type_c), type_c, pitch_c);
+            char* to = static_cast<char*>(c) + i * stride_c * size(type_c);
+            multiply(m, n, k, factor, left, right, keep, {to, size_t(pitch_c), nullptr, to, size_t(pitch_c), type_c});
         }
     }));
     return OK;
@@ -121,6 +210,71 @@ int cublasSgemmStridedBatched(void* handle, int op_a, int op_b, int m, int n, in
                               const float* b, int pitch_b, long long stride_b, const float* beta, float* c, int pitch_c, long long stride_c, int batches) {
     return cublasGemmStridedBatchedEx(handle, op_a, op_b, m, n, k, alpha, a, F32, pitch_a, stride_a, b, F32, pitch_b, stride_b, beta, c, F32, pitch_c,
                                       stride_c, batches, COMPUTE_F32, 0);
+}
+
+int cublasLtCreate(void** to) { return *to = new int, OK; }
+
+int cublasLtMatmulDescCreate(void** to, int compute, int scale) { return *to = new Operation{compute, scale}, OK; }
+int cublasLtMatmulDescSetAttribute(void* operation, int attribute, const void* from, size_t bytes) {
+    Operation* on = static_cast<Operation*>(operation);
+    switch (attribute) {
+        case TRANSA: return set(on->operation_a, from, bytes);
+        case TRANSB: return set(on->operation_b, from, bytes);
+        case EPILOGUE: return set(on->epilogue, from, bytes);
+        case BIAS_POINTER: return set(on->bias, from, bytes);
+    }
+    return INVALID;
+}
+
+int cublasLtMatrixLayoutCreate(void** to, int type, uint64_t rows, uint64_t columns, int64_t pitch) {
+    return *to = new Layout{type, rows, columns, pitch}, OK;
+}
+
+int cublasLtMatmulPreferenceCreate(void** to) { return *to = new Preference, OK; }
+int cublasLtMatmulPreferenceDestroy(void* preference) { return delete static_cast<Preference*>(preference), OK; }
+int cublasLtMatmulPreferenceSetAttribute(void* preference, int attribute, const void* from, size_t bytes) {
+    Preference* wanted = static_cast<Preference*>(preference);
+    if (attribute == MAX_WORKSPACE) return set(wanted->workspace, from, bytes);
+    if (attribute == REDUCTIONS) return set(wanted->reductions, from, bytes);
+    if (attribute >= ALIGNMENT_A && attribute <= ALIGNMENT_D) return set(wanted->alignment[attribute - ALIGNMENT_A], from, bytes);
+    return INVALID;
+}
+
+int cublasLtMatmulAlgoGetHeuristic(void*, void* operation, void* a, void* b, void* c, void* d, void* preference, int wanted, void* results, int* count) {
+    const Operation& on = *static_cast<Operation*>(operation);
+    Layout layouts[4] = {*static_cast<Layout*>(a), *static_cast<Layout*>(b), *static_cast<Layout*>(c), *static_cast<Layout*>(d)};
+    const Preference& p = *static_cast<Preference*>(preference);
+    *count = 0;
+    if (wanted < 1 || !fits(on, layouts[0], layouts[1], layouts[2], layouts[3])) return INVALID;
+    if (!is_supported(on, layouts[0], layouts[1], layouts[2], layouts[3], p)) return UNSUPPORTED;
+    Algorithm* algorithm = new Algorithm{on.operation_a, on.operation_b, on.epilogue, {}, on.bias ? alignment_of(on.bias) : 1, {}, p.workspace};
+    std::copy_n(p.alignment, 4, algorithm->alignment);
+    std::copy_n(layouts, 4, algorithm->layouts);
+    *static_cast<Found*>(results) = {algorithm, {}, p.workspace, OK, 1.0f, {}};
+    *count = 1;
+    return OK;
+}
+
+int cublasLtMatmul(void*, void* operation, const void* alpha, const void* a, void* layout_a, const void* b, void* layout_b, const void* beta, const void* c,
+                   void* layout_c, void* d, void* layout_d, const void* algorithm, void* workspace, size_t workspace_bytes, void* on_stream) {
+    const Operation& on = *static_cast<Operation*>(operation);
+    Layout la = *static_cast<Layout*>(layout_a), lb = *static_cast<Layout*>(layout_b), lc = *static_cast<Layout*>(layout_c), ld = *static_cast<Layout*>(layout_d);
+    const Algorithm& chosen = **static_cast<const Algorithm* const*>(algorithm);
+    bool is_for = chosen.operation_a == on.operation_a && chosen.operation_b == on.operation_b && chosen.epilogue == on.epilogue && chosen.layouts[0] == la &&
+                  chosen.layouts[1] == lb && chosen.layouts[2] == lc && chosen.layouts[3] == ld && workspace_bytes >= chosen.workspace;
+    if (!is_for || reinterpret_cast<uintptr_t>(workspace) % 256 != 0) return INVALID;
+    const void* places[4] = {a, b, c, d};
+    for (int i = 0; i < 4; ++i)
+        if (alignment_of(places[i]) < chosen.alignment[i]) fail("a matrix of a product is less aligned than the choice of the algorithm was told");
+    if (on.epilogue == BIAS && alignment_of(on.bias) < std::min(16u, chosen.bias_alignment)) fail("a bias is less aligned than when the algorithm was chosen");
+    float factor = *static_cast<const float*>(alpha), keep = *static_cast<const float*>(beta);
+    size_t m = ld.rows, n = ld.columns, k = on.operation_a == N ? la.columns : la.rows;
+    Matrix left{a, la.type, on.operation_a, size_t(la.pitch)}, right{b, lb.type, on.operation_b, size_t(lb.pitch)};
+    Sum sum{c, size_t(lc.pitch), on.epilogue == BIAS ? on.bias : nullptr, d, size_t(ld.pitch), ld.type};
+    submit(stream(on_stream), once([=] {
+        if (!only_measures(m, n, k)) multiply(m, n, k, factor, left, right, keep, sum);
+    }));
+    return OK;
 }
 
 } // extern "C"

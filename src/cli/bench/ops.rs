@@ -172,14 +172,14 @@ impl Bench<'_> {
         let (n, factors) = (self.tokens(), self.spec.factors);
         for segment in Layout::block(&self.spec).segments.iter().filter(|segment| segment.matrices > 0) {
             let [o, i] = [segment.shape[0], segment.shape[1]];
-            let [x, y, dx] = [self.real(&[n, i])?, self.real(&[n, o])?, self.real(&[n, i])?];
+            let [x, y, z, dx] = [self.real(&[n, i])?, self.real(&[n, o])?, self.real(&[n, o])?, self.real(&[n, i])?];
             let [w, b, dw, db] = [self.real(&[o, i])?, self.real(&[o])?, self.sums(&[o, i])?, self.sums(&[o])?];
             let b = (segment.name != "mlp/fc/weight").then_some(&b);
             let adds = segment.name.ends_with("proj/weight");
             let product = |op, moved: &[&Tensor]| Work { weight: [o, i], flops: 2 * n * i * o, ..Work::new(op, moved) };
-            let moved = if adds { &[&x, &w, &y, &y][..] } else { &[&x, &w, &y] };
-            let beta = if adds { 1.0 } else { 0.0 };
-            self.time(product("linear::forward", moved), &|| linear::forward(factors, &x, &w, b, 1e-3, beta, &y))?;
+            let moved = if adds { &[&x, &w, &z, &y][..] } else { &[&x, &w, &y] };
+            let onto = adds.then_some(&z);
+            self.time(product("linear::forward", moved), &|| linear::forward(factors, &x, &w, b, 1.0, onto, &y))?;
             self.time(product("linear::backward_input", &[&y, &w, &dx]), &|| {
                 linear::backward_input(factors, &y, &w, 1.0, 0.0, &dx)
             })?;

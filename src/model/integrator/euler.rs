@@ -3,7 +3,7 @@ use crate::error::Result;
 use crate::model::block::Field;
 use crate::model::params::BlockParams;
 use crate::model::tape::Evaluation;
-use crate::ops::{access, residual};
+use crate::ops::residual;
 use candle_core::Tensor;
 
 /// Explicit Euler: out = x + h F(x) = x + h (a + FF(LN2(x + a))), a = SA(LN1 x).
@@ -29,10 +29,12 @@ impl OneStep for Euler {
 
 /// y = x + SA(LN1 x);  out = (1 − h) x + h y + h FF(LN2 y).
 pub(super) fn forward(field: &Field, h: f64, e: &Evaluation, out: &Tensor) -> Result<()> {
-    access::copy(&e.x, &e.y)?;
-    field.attention(e, 1.0, &e.y)?;
+    field.attention(e, 1.0, &e.x, &e.y)?;
+    if h == 1.0 {
+        return field.mlp(e, h, &e.y, out);
+    }
     residual::combine(1.0 - h, &e.x, h, &e.y, out)?;
-    field.mlp(e, h, out)
+    field.mlp(e, h, out, out)
 }
 
 /// λ = w Φᵀ λ in place:  dy = w h (1 + J_FFᵀ) λ;  λ = w (1 − h) λ + dy + J_SAᵀ dy.  grads +=.

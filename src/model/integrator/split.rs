@@ -3,7 +3,6 @@ use crate::error::Result;
 use crate::model::block::Field;
 use crate::model::params::BlockParams;
 use crate::model::tape::Evaluation;
-use crate::ops::access;
 use candle_core::Tensor;
 
 /// Lie splitting of dx/dt = SA(LN1 x) + FF(LN2 x): y = x + h SA(LN1 x);  out = y + h FF(LN2 y). Euler's step at h = 1.
@@ -20,10 +19,8 @@ impl OneStep for Split {
 
     fn forward(&self, field: &Field, h: f64, evaluations: &[Evaluation], out: &Tensor) -> Result<()> {
         let e = &evaluations[0];
-        access::copy(&e.x, &e.y)?;
-        field.attention(e, h, &e.y)?;
-        access::copy(&e.y, out)?;
-        field.mlp(e, h, out)
+        field.attention(e, h, &e.x, &e.y)?;
+        field.mlp(e, h, &e.y, out)
     }
 
     /// λ = λ + h J_FFᵀ λ;  λ = λ + h J_SAᵀ λ.

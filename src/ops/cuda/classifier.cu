@@ -1,4 +1,4 @@
-// Softmax cross-entropy of rows of logits, ops/classifier.rs; the products with w are cuBLAS's:
+// Softmax cross-entropy of rows of logits, ops/classifier.rs; the products with w are cuBLASLt's:
 //
 //   L_i = log Σ_v exp z_iv - z_i,t(i),   dz_iv = scale (softmax(z_i)_v - [v = t(i)])
 //

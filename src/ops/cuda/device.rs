@@ -1,12 +1,11 @@
-//! A real GPU: choosing it, its addresses, scratch memory, products by cuBLAS.
-use super::{Address, Operand, Stream};
+//! A real GPU: choosing it, its addresses, scratch memory, graphs.
+use super::{Address, Stream, product};
 use crate::error::{Context, Result, bail, ensure};
 use candle_core::cuda_backend::CudaStorageSlice;
-use candle_core::cuda_backend::cudarc::cublas::{result as blas, sys as blas_sys};
 use candle_core::cuda_backend::cudarc::driver::{
     CudaContext, CudaGraph, CudaSlice, DevicePtr, DeviceRepr, result, sys,
 };
-use candle_core::{CudaDevice, DType, Device, Storage, Tensor};
+use candle_core::{CudaDevice, Device, Storage, Tensor};
 use std::cell::RefCell;
 use std::ffi::c_void;
 
@@ -60,8 +59,7 @@ pub fn select(local_rank: usize) -> Result<Selected> {
     keep_memory(&device)?;
     // SAFETY: all work of this process is on the device's one stream, but for exchanges between GPUs, which order themselves.
     unsafe { device.disable_event_tracking() };
-    sum_in_f32(&device)?;
-    give_workspace(&device)?;
+    product::prepare(&device)?;
     Ok(Selected { device: Device::Cuda(device), ordinal, name })
 }
 
@@ -107,25 +105,6 @@ fn pool(device: &CudaDevice) -> Result<sys::CUmemoryPool> {
     context.bind_to_thread().map_err(driver_error)?;
     // SAFETY: the context keeps its device.
     unsafe { result::device::get_default_mem_pool(context.cu_device()) }.map_err(driver_error)
-}
-
-/// Products whose k is cut among blocks would else be summed in the type of their result, bf16 too.
-fn sum_in_f32(device: &CudaDevice) -> Result<()> {
-    let mode = blas_sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
-    // SAFETY: the handle is the device's, and lives as long.
-    let code = unsafe { blas_sys::cublasSetMathMode(*device.cublas_handle().handle(), mode) };
-    code.result().map_err(|error| crate::error::anyhow!("cuBLAS answers {:?}", error.0))
-}
-
-/// Room of cuBLAS's own would become a part of each graph that has a product. 32 MiB is what NVIDIA advises for Hopper.
-fn give_workspace(device: &CudaDevice) -> Result<()> {
-    const BYTES: usize = 32 << 20;
-    // SAFETY: products write the workspace before they read it. It is never freed, so the handle may keep its address.
-    let code = unsafe {
-        let workspace = device.alloc::<u8>(BYTES)?.leak();
-        blas_sys::cublasSetWorkspace_v2(*device.cublas_handle().handle(), workspace as usize as *mut c_void, BYTES)
-    };
-    code.result().map_err(|error| crate::error::anyhow!("cuBLAS answers {:?}", error.0))
 }
 
 fn driver_error(error: result::DriverError) -> crate::error::Error {
@@ -205,56 +184,6 @@ pub fn scratch(device: &CudaDevice, bytes: usize) -> Result<Address> {
         let kept = scratch.as_ref().map(|(_, slice)| slice.device_ptr(&device.cuda_stream()).0);
         Ok(Address(kept.unwrap_or_default() as usize as *mut c_void))
     })
-}
-
-/// c = alpha a b + beta c, accumulated in f32. Row-major matrices are cuBLAS's column-major transposes: it computes cᵀ = bᵀ aᵀ.
-pub fn multiply(
-    device: &CudaDevice,
-    [m, n, k]: [usize; 3],
-    alpha: f64,
-    a: Operand,
-    b: Operand,
-    beta: f64,
-    c: Operand,
-) -> Result<()> {
-    use blas_sys::cublasOperation_t::{CUBLAS_OP_N, CUBLAS_OP_T};
-    let operation = |operand: &Operand| if operand.transposed { CUBLAS_OP_T } else { CUBLAS_OP_N };
-    let int = |n: usize| super::length("matrix product", "dimension", n);
-    let (alpha, beta) = (alpha as f32, beta as f32);
-    stream(device)?;
-    // SAFETY: the operands describe matrices in the device's memory.
-    let done = unsafe {
-        blas::gemm_ex(
-            *device.cublas_handle().handle(),
-            operation(&b),
-            operation(&a),
-            int(n)?,
-            int(m)?,
-            int(k)?,
-            (&raw const alpha).cast(),
-            b.at.0,
-            data_type(b.dtype)?,
-            int(b.pitch)?,
-            a.at.0,
-            data_type(a.dtype)?,
-            int(a.pitch)?,
-            (&raw const beta).cast(),
-            c.at.0,
-            data_type(c.dtype)?,
-            int(c.pitch)?,
-            blas_sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
-            blas_sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
-        )
-    };
-    done.map_err(|error| crate::error::anyhow!("matrix product [{m}, {k}] × [{k}, {n}]: cuBLAS answers {:?}", error.0))
-}
-
-fn data_type(dtype: DType) -> Result<blas_sys::cudaDataType> {
-    match dtype {
-        DType::F32 => Ok(blas_sys::cudaDataType::CUDA_R_32F),
-        DType::BF16 => Ok(blas_sys::cudaDataType::CUDA_R_16BF),
-        dtype => bail!("no matrix product of {dtype:?} on a GPU"),
-    }
 }
 
 pub fn read_f64s(device: &CudaDevice, address: Address, count: usize) -> Result<Vec<f64>> {

@@ -1,8 +1,8 @@
 //! The kernels on the host: the .cu files compiled by g++ against `emulate/cuda.h`, loaded when first used.
 //!
 //! Inside [`run`] every op of this thread takes its CPU tensors for tensors on a GPU. Products are not emulated but
-//! computed by `ops::matrix` in f32, rounded as cuBLAS rounds.
-use super::{Address, Kernels, Operand};
+//! computed by `ops::matrix` in f32, rounded as cuBLASLt rounds.
+use super::{Address, BIAS_ALIGNMENT, Kernels, Operand, Product};
 use crate::ops::matrix::{Factors, Mat, MatMut, multiply as multiply_matrices};
 use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Tensor};
 use half::bf16;
@@ -39,9 +39,6 @@ pub struct Graph {
     products: Vec<(usize, Product)>,
 }
 
-/// Arguments of [`multiply`].
-type Product = ([usize; 3], f64, Operand, Operand, f64, Operand);
-
 /// As CUDA does: what `work` launches is kept, and none of it done.
 pub fn capture(work: &dyn Fn() -> crate::error::Result<()>) -> crate::error::Result<Graph> {
     let library = library();
@@ -61,9 +58,9 @@ impl Graph {
         // SAFETY: the library's own graph; its tensors are those of the net that keeps it.
         let launch = |begin, end| unsafe { (library.launch)(self.launches, begin, end) };
         let mut begin = 0;
-        for &(end, (shape, alpha, a, b, beta, c)) in &self.products {
+        for &(end, product) in &self.products {
             launch(begin, end);
-            multiply(shape, alpha, a, b, beta, c);
+            multiply(product);
             begin = end;
         }
         // SAFETY: as above.
@@ -216,18 +213,19 @@ pub fn scratch(bytes: usize) -> Address {
     })
 }
 
-/// c = alpha a b + beta c, now or when the graph is launched.
-pub fn multiply([m, n, k]: [usize; 3], alpha: f64, a: Operand, b: Operand, beta: f64, c: Operand) {
+/// The product, now or when the graph is launched.
+pub fn multiply(product: Product) {
     let captured = CAPTURED.with_borrow_mut(|captured| {
         let Some(graph) = captured else { return false };
         // SAFETY: the graph that is captured.
         let before = unsafe { (library().length)(graph.launches) };
-        graph.products.push((before, ([m, n, k], alpha, a, b, beta, c)));
+        graph.products.push((before, product));
         true
     });
     if captured {
         return;
     }
+    let Product { shape: [m, n, k], alpha, a, b, beta, c, bias, out } = product;
     let shape = |rows, columns, operand: &Operand| if operand.transposed { (columns, rows) } else { (rows, columns) };
     let ((a_rows, a_columns), (b_rows, b_columns)) = (shape(m, k, &a), shape(k, n, &b));
     let (a_values, b_values) = (values(&a, a_rows, a_columns), values(&b, b_rows, b_columns));
@@ -236,14 +234,19 @@ pub fn multiply([m, n, k]: [usize; 3], alpha: f64, a: Operand, b: Operand, beta:
     let b_matrix = if b.transposed { b_matrix.t() } else { b_matrix };
     let mut product = if beta == 0.0 { vec![0.0; m * n] } else { values(&c, m, n) };
     multiply_matrices(Factors::Exact, alpha, a_matrix, b_matrix, beta, MatMut::new(&mut product, n));
+    if let Some(at) = bias {
+        assert!((at.0 as usize).is_multiple_of(BIAS_ALIGNMENT), "a bias at {at:?}");
+        let bias = values(&Operand { at, transposed: false, ..out }, 1, n);
+        product.chunks_mut(n).for_each(|row| row.iter_mut().zip(&bias).for_each(|(value, bias)| *value += bias));
+    }
     for (row, values) in product.chunks(n).enumerate() {
         for (column, &value) in values.iter().enumerate() {
-            let i = row * c.pitch + column;
+            let i = row * out.pitch + column;
             // SAFETY: inside the matrix that the caller describes.
             unsafe {
-                match c.dtype {
-                    DType::F32 => *(c.at.0 as *mut f32).add(i) = value,
-                    DType::BF16 => *(c.at.0 as *mut bf16).add(i) = bf16::from_f32(value),
+                match out.dtype {
+                    DType::F32 => *(out.at.0 as *mut f32).add(i) = value,
+                    DType::BF16 => *(out.at.0 as *mut bf16).add(i) = bf16::from_f32(value),
                     dtype => panic!("a product of {dtype:?}"),
                 }
             }

@@ -101,7 +101,6 @@ kernels! {
     gelu_forward(dtype: c_int, x: Address, b: Address, out: Address, n: usize, w: c_int, stream: Stream) -> c_int;
     gelu_backward(dtype: c_int, x: Address, b: Address, d: Address, n: usize, w: c_int, stream: Stream) -> c_int;
 
-    add_bias(dtype: c_int, alpha: f32, b: Address, beta: f32, out: Address, n: usize, d: c_int, stream: Stream) -> c_int;
     add_column_sums_scratch(n: usize, d: c_int) -> usize;
     add_column_sums(dtype: c_int, x: Address, alpha: f32, sums: Address, n: usize, d: c_int, scratch: Address,
                     stream: Stream) -> c_int;

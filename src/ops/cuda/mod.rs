@@ -2,7 +2,7 @@
 //!
 //! A GPU computes in f32 or in bf16; sums (statistics, gradients of parameters) are f32 in both. All work of a rank but
 //! what it exchanges with others goes to one stream, so that launches wait for each other and for nothing else: an op returns before its work is done, unless
-//! it returns a number. Matrix products are cuBLAS's.
+//! it returns a number. Matrix products are cuBLASLt's.
 //!
 //! In tests of a build without the feature `cuda` the same kernels, compiled for the host, run on CPU tensors: see `emulate`.
 //! With the feature they run on a GPU.
@@ -12,6 +12,8 @@ mod device;
 #[cfg(all(test, not(feature = "cuda")))]
 pub mod emulate;
 mod kernels;
+#[cfg(feature = "cuda")]
+mod product;
 #[cfg(test)]
 mod tests;
 
@@ -42,7 +44,7 @@ pub enum Kept {
     /// It has not been here.
     #[default]
     New,
-    /// Launched once: what CUDA and cuBLAS load when first used is there.
+    /// Launched once: what CUDA and cuBLASLt load when first used is there.
     Seen,
     Graph(Graph),
 }
@@ -67,6 +69,33 @@ impl Operand {
     /// The transpose.
     pub fn t(self) -> Operand {
         Operand { transposed: !self.transposed, ..self }
+    }
+}
+
+/// out [m, n] = alpha a b + beta c + bias, a [m, k] and b [k, n] as they are after transposition.
+#[derive(Clone, Copy)]
+pub struct Product {
+    /// m, n, k
+    pub shape: [usize; 3],
+    pub alpha: f64,
+    pub a: Operand,
+    pub b: Operand,
+    /// 0 does not read c.
+    pub beta: f64,
+    /// Of the type of out, and out itself or elsewhere.
+    pub c: Operand,
+    /// [n], of the type of out, added to each row; [`BIAS_ALIGNMENT`].
+    pub bias: Option<Address>,
+    pub out: Operand,
+}
+
+/// Bytes. From elsewhere cuBLASLt's kernels may read a bias wrongly or not at all.
+pub const BIAS_ALIGNMENT: usize = 16;
+
+impl Product {
+    /// out = a b
+    pub fn new(shape: [usize; 3], a: Operand, b: Operand, out: Operand) -> Product {
+        Product { shape, alpha: 1.0, a, b, beta: 0.0, c: out, bias: None, out }
     }
 }
 
@@ -200,22 +229,13 @@ impl Gpu {
         }))
     }
 
-    /// c [m, n] = alpha a b + beta c, a [m, k] and b [k, n] as they are after transposition. beta = 0 does not read c.
-    pub fn multiply(
-        &self,
-        [m, n, k]: [usize; 3],
-        alpha: f64,
-        a: Operand,
-        b: Operand,
-        beta: f64,
-        c: Operand,
-    ) -> Result<()> {
+    pub fn multiply(&self, product: Product) -> Result<()> {
         match &self.machine {
             #[cfg(feature = "cuda")]
-            Machine::Device(device) => device::multiply(device, [m, n, k], alpha, a, b, beta, c),
+            Machine::Device(device) => product::multiply(device, &product),
             #[cfg(all(test, not(feature = "cuda")))]
             Machine::Emulated(_) => {
-                emulate::multiply([m, n, k], alpha, a, b, beta, c);
+                emulate::multiply(product);
                 Ok(())
             }
         }

@@ -74,14 +74,15 @@ fn linear_maps() {
         let [x, w, b, dy] = [inputs(&[n, i], 1), inputs(&[o, i], 2), inputs(&[o], 3), inputs(&[n, o], 4)];
         assert_gpu_equals_cpu(&format!("linear [{n}, {i}] → {o}"), [1e-5, 1e-2], |place| {
             let [x, w, b, dy, old] = [&x, &w, &b, &dy, &dy].map(|x| place.input(x));
-            let [out, dx] = [place.unset(&[n, o]), place.unset(&[n, i])];
+            let [out, onto, dx] = [place.unset(&[n, o]), place.unset(&[n, o]), place.unset(&[n, i])];
             let [dw, db] = [place.sums_of(2.0, &[o, i]), place.sums_of(-1.0, &[o])];
-            linear::forward(Factors::Exact, &x, &w, Some(&b), 1.0, 0.0, &out).unwrap();
-            linear::forward(Factors::Exact, &x, &w, Some(&b), 0.5, 2.0, &old).unwrap();
+            linear::forward(Factors::Exact, &x, &w, Some(&b), 1.0, None, &out).unwrap();
+            linear::forward(Factors::Exact, &x, &w, Some(&b), 0.5, Some(&old), &old).unwrap();
+            linear::forward(Factors::Exact, &x, &w, Some(&b), 1.0, Some(&dy), &onto).unwrap();
             linear::backward_input(Factors::Exact, &dy, &w, 0.25, 0.0, &dx).unwrap();
             linear::backward_weight(Factors::Exact, &dy, &x, 0.5, &dw, Some(&db)).unwrap();
             linear::backward_weight(Factors::Exact, &dy, &x, -1.0, &dw, None).unwrap();
-            vec![out, old, dx, dw, db]
+            vec![out, old, onto, dx, dw, db]
         });
     }
 }
