@@ -118,7 +118,7 @@ impl Problem {
             &self.tokens,
             &self.targets,
             1.0,
-            &mut |_| Ok(()),
+            None,
         )?;
         Ok(answer)
     }
@@ -382,7 +382,7 @@ fn micro_batches_add_up() -> Result<()> {
         let cut = 2 * problem.spec.context;
         for range in [0..cut, cut..problem.tokens.len()] {
             let (tokens, targets) = (&problem.tokens[range.clone()], &problem.targets[range]);
-            parts.loss += net.loss_and_gradient(&params, &grads, tokens, targets, 0.5, &mut |_| Ok(()))?;
+            parts.loss += net.loss_and_gradient(&params, &grads, tokens, targets, 0.5, None)?;
             assert!((net.loss(&params, tokens, targets)?).is_finite());
         }
         let doubled = Answer { loss: parts.loss, trajectory: (parts.trajectory * 2.0)?, ends: (parts.ends * 2.0)? };
@@ -406,7 +406,7 @@ fn blocks_are_ready_from_the_last_to_the_first_and_then_left_alone() -> Result<(
         Ok(())
     };
     let (tokens, targets) = (&problem.tokens, &problem.targets);
-    problem.net()?.loss_and_gradient(&problem.params()?, &grads, tokens, targets, 1.0, &mut ready)?;
+    problem.net()?.loss_and_gradient(&problem.params()?, &grads, tokens, targets, 1.0, Some(&mut ready))?;
     let order: Vec<Ready> = seen.iter().map(|(part, _)| *part).collect();
     assert_eq!(order, [Ready::Block(2), Ready::Block(1), Ready::Block(0), Ready::Ends]);
     for (part, values) in &seen[..3] {
@@ -422,7 +422,7 @@ fn an_error_of_ready_ends_the_step() -> Result<()> {
     let grads = Answer::zeros(&problem)?.views(&problem)?;
     let mut ready = |_| Err(vcycle::error::anyhow!("a rank was lost"));
     let (tokens, targets) = (&problem.tokens, &problem.targets);
-    let result = problem.net()?.loss_and_gradient(&problem.params()?, &grads, tokens, targets, 1.0, &mut ready);
+    let result = problem.net()?.loss_and_gradient(&problem.params()?, &grads, tokens, targets, 1.0, Some(&mut ready));
     assert_eq!(result.unwrap_err().to_string(), "a rank was lost");
     Ok(())
 }
@@ -567,7 +567,7 @@ fn a_warm_step_allocates_nothing() -> Result<()> {
         let n = sequences * problem.spec.context;
         let before = LARGE.load(Ordering::Relaxed);
         let (tokens, targets) = (&problem.tokens[..n], &problem.targets[..n]);
-        pool.install(|| net.loss_and_gradient(&params, &grads, tokens, targets, 1.0, &mut |_| Ok(())))?;
+        pool.install(|| net.loss_and_gradient(&params, &grads, tokens, targets, 1.0, None))?;
         Ok(LARGE.load(Ordering::Relaxed) - before)
     };
     // A thread's own scratch grows when it first meets an operation; which thread does what varies.

@@ -72,7 +72,7 @@ impl Net {
     }
 
     /// As [`Net::loss`], and grads += scale · gradient. Calls `ready` as soon as a part of the gradient is final: blocks
-    /// from the last to the first, then the ends. The caller who accumulates over micro-batches heeds only the last's calls.
+    /// from the last to the first, then the ends. Where nobody asks (all micro-batches but the last), a GPU does all in one go.
     pub fn loss_and_gradient(
         &mut self,
         params: &Params,
@@ -80,7 +80,7 @@ impl Net {
         tokens: &[u32],
         targets: &[u32],
         scale: f64,
-        ready: &mut dyn FnMut(Ready) -> Result<()>,
+        ready: Option<&mut dyn FnMut(Ready) -> Result<()>>,
     ) -> Result<f64> {
         ensure!(grads.rows() == params.rows(), "{} rows but gradients of {}", params.rows(), grads.rows());
         let (pass, replay) = self.pass(params, tokens, targets)?;
@@ -166,23 +166,35 @@ impl Pass<'_> {
         grads: &Params,
         scale: f64,
         replay: &mut Replay,
-        ready: &mut dyn FnMut(Ready) -> Result<()>,
+        ready: Option<&mut dyn FnMut(Ready) -> Result<()>>,
     ) -> Result<f64> {
         let Pass { params, work: w, .. } = *self;
         let rows = params.rows();
         let sequences = w.tokens.elem_count() / self.context;
-        let numbers = [sequences as u64, self.context as u64, scale.to_bits(), params.h.to_bits()];
+        let numbers = [sequences, self.context, usize::from(ready.is_some())].map(|number| number as u64);
+        let numbers = [&numbers[..], &[scale.to_bits(), params.h.to_bits()]].concat();
         let mut pass = replay.pass(&numbers, params.storage().chain(grads.storage()))?;
-        pass.stretch(&|| {
+        let there_and_head = || {
             self.forward()?;
             self.head_adjoint(grads, scale)
-        })?;
-        for n in (0..rows).rev() {
-            pass.stretch(&|| self.block_adjoint(grads, n))?;
-            ready(Ready::Block(n))?;
+        };
+        let embedding_adjoint = || embedding::backward(&w.tokens, &w.lambda, &grads.ends.wte, &grads.ends.wpe); // +=
+        match ready {
+            None => pass.stretch(&|| {
+                there_and_head()?;
+                (0..rows).rev().try_for_each(|n| self.block_adjoint(grads, n))?;
+                embedding_adjoint()
+            })?,
+            Some(ready) => {
+                pass.stretch(&there_and_head)?;
+                for n in (0..rows).rev() {
+                    pass.stretch(&|| self.block_adjoint(grads, n))?;
+                    ready(Ready::Block(n))?;
+                }
+                pass.stretch(&embedding_adjoint)?;
+                ready(Ready::Ends)?;
+            }
         }
-        pass.stretch(&|| embedding::backward(&w.tokens, &w.lambda, &grads.ends.wte, &grads.ends.wpe))?; // +=
-        ready(Ready::Ends)?;
         // Only now: a GPU is given all of the way back before anyone waits for it.
         Ok(access::read::<f64>(&w.loss)?[0])
     }
@@ -251,7 +263,7 @@ mod tests {
             let (grad, grad_ends) = (constant(0.0, &[2, block], DType::F64), theta_ends.zeros_like().unwrap());
             let params = |theta, ends| Params::view(spec, theta, &[0, 1], ends, 0.5).unwrap().with_context(3).unwrap();
             let (params, grads) = (params(&theta, theta_ends), params(&grad, &grad_ends));
-            let loss = net.loss_and_gradient(&params, &grads, &tokens, &targets, 0.1, &mut |_| Ok(())).unwrap();
+            let loss = net.loss_and_gradient(&params, &grads, &tokens, &targets, 0.1, None).unwrap();
             assert_eq!(net.loss(&params, &tokens, &targets).unwrap(), loss);
             (loss, grad, grad_ends)
         };
@@ -276,7 +288,7 @@ mod tests {
             let (grad, grad_ends) = (theta.zeros_like().unwrap(), theta_ends.zeros_like().unwrap());
             let params = |theta, ends| Params::view(spec, theta, &[0, 1], ends, 0.5).unwrap();
             let (params, grads) = (params(&theta, &theta_ends), params(&grad, &grad_ends));
-            let loss = net.loss_and_gradient(&params, &grads, &tokens, &tokens, 0.1, &mut |_| Ok(())).unwrap();
+            let loss = net.loss_and_gradient(&params, &grads, &tokens, &tokens, 0.1, None).unwrap();
             assert_eq!(net.loss(&params, &tokens, &tokens).unwrap(), loss);
             (loss, [grad, grad_ends])
         };
@@ -285,14 +297,14 @@ mod tests {
         assert_all_close(&rounded_gradient, &gradient, 2e-2);
     }
 
-    /// Micro-batches of two levels in turn: the first of a kind goes kernel by kernel, the next ones as graphs. Bits are those of new
-    /// nets, which go kernel by kernel always.
+    /// Micro-batches of two levels in turn: the first of a kind goes kernel by kernel, the next ones as graphs, one or one for each part.
+    /// Bits are those of new nets, which go kernel by kernel always.
     #[test]
     fn a_gpus_gradient_repeats() {
         let spec = Spec { width: 16, depth: 2, ..Spec::small() };
         let sizes = [[2, Layout::block(&spec).len()], [1, Layout::ends(&spec).len()]];
         let tokens: Vec<u32> = (0..2 * spec.context).map(|i| (i * i % spec.vocab) as u32).collect();
-        let gradients = |device: &Device, keep: bool| {
+        let gradients = |device: &Device, keep: bool, by_parts: bool| {
             let [theta, theta_ends] = sizes.map(|size| random(&size, DType::F32, 1).to_device(device).unwrap());
             let [grad, grad_ends] = sizes.map(|size| Tensor::zeros(&size, DType::F32, device).unwrap());
             let level = |rows: &[usize], h: f64| {
@@ -311,8 +323,16 @@ mod tests {
                             net = new();
                         }
                         let tokens = &tokens[..sequences * spec.context];
-                        let loss = net.loss_and_gradient(params, grads, tokens, tokens, scale, &mut |_| Ok(()));
+                        let mut parts = 0;
+                        let mut count = |_| {
+                            parts += 1;
+                            Ok(())
+                        };
+                        let ready: Option<&mut dyn FnMut(Ready) -> Result<()>> =
+                            if by_parts { Some(&mut count) } else { None };
+                        let loss = net.loss_and_gradient(params, grads, tokens, tokens, scale, ready);
                         bits.push(loss.unwrap().to_bits());
+                        assert_eq!(parts, if by_parts { params.rows() + 1 } else { 0 });
                     }
                 }
                 let values = [&grad, &grad_ends].map(|x| x.flatten_all().unwrap().to_vec1::<f32>().unwrap()).concat();
@@ -320,8 +340,11 @@ mod tests {
             }
             bits
         };
-        let [kept, new] = [true, false].map(|keep| on_gpu(|device| gradients(device, keep)));
-        assert!(kept == new, "a graph does something else than its kernels");
+        let new = on_gpu(|device| gradients(device, false, true));
+        for by_parts in [true, false] {
+            let kept = on_gpu(|device| gradients(device, true, by_parts));
+            assert!(kept == new, "a graph does something else than its kernels");
+        }
     }
 
     /// The loss and the whole gradient, through every op in the order of a step.
@@ -341,8 +364,7 @@ mod tests {
                 let params = |theta, ends| Params::view(&spec, theta, &[0, 1], ends, 0.5).unwrap();
                 let (params, grads) = (params(&theta, &theta_ends), params(&grad, &grad_ends));
                 let scale = 1.0 / tokens.len() as f64;
-                let done = &mut |_| Ok(());
-                let loss = net.loss_and_gradient(&params, &grads, &tokens, &targets, scale, done).unwrap();
+                let loss = net.loss_and_gradient(&params, &grads, &tokens, &targets, scale, None).unwrap();
                 vec![Tensor::new(loss, &Device::Cpu).unwrap(), grad, grad_ends]
             });
         }

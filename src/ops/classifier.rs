@@ -8,7 +8,7 @@
 //! tile of w meets the chunk's x, then a tile of dz meets both, while they are in the cache; w is never packed.
 use super::access::{check, check_indices, check_mixed, matrix_shape, on_device, read, write};
 #[cfg(any(feature = "cuda", test))]
-use super::cuda::{self, Product};
+use super::cuda::{self, Batch, Product};
 use super::matrix::{Factors, Mat, MatMut, multiply};
 use super::profile;
 use super::real::{PIECE, Real, vectorized, with_scratch};
@@ -107,7 +107,7 @@ fn on_gpu(
 ) -> Result<cuda::Address> {
     let Shape { n, d, vocab, chunk } = Shape::of(op, x, w, logits)?;
     let float = size_of::<f32>();
-    let sum_scratch = unsafe { (gpu.kernels().sum_scratch)(n) };
+    let sum_scratch = unsafe { (gpu.kernels().sum_scratch)(1, n) };
     let [losses, own_total, sum_scratch] = gpu.scratch([n * float, size_of::<f64>(), sum_scratch])?;
     let total = gradient.as_ref().map_or(Ok(own_total), |gradient| gpu.at(gradient.total))?;
     let (element, targets) = (gpu.element(op, x)?, gpu.at(targets)?);
@@ -135,7 +135,8 @@ fn on_gpu(
         }
     }
     // The losses are float for either element type.
-    gpu.launch(op, |k, stream| Ok(unsafe { (k.sum)(0, losses, total, n, sum_scratch, stream) }))?;
+    let batch = Batch::new(&[(losses, n)]);
+    gpu.launch(op, |k, stream| Ok(unsafe { (k.sum)(0, &batch, total, sum_scratch, stream) }))?;
     Ok(total)
 }
 

@@ -1,5 +1,7 @@
 //! Euclidean norm of whole tensors.
 use super::access::{on_device, read};
+#[cfg(any(feature = "cuda", test))]
+use super::cuda::Batch;
 use super::profile;
 use super::real::{PIECE, Real, reduce, vectorized, with_scratch};
 use crate::error::Result;
@@ -7,21 +9,23 @@ use candle_core::Tensor;
 use rayon::prelude::*;
 
 /// Σ x² over all elements of all tensors, in f64: of each tensor in an order that does not depend on the number of threads, then
-/// over the tensors as they come. They are contiguous, of any shapes, on one device. The host waits for a GPU once.
+/// over the tensors as they come. They are contiguous, of any shapes, one type, on one device. The host waits for a GPU once.
 pub fn sum_of_squares(tensors: &[Tensor]) -> Result<f64> {
     const OP: &str = "norm::sum_of_squares";
     let _time = profile::time(OP);
     let Some(first) = tensors.first() else { return Ok(0.0) };
     on_device!(OP, first, gpu => {
-        let scratch = |x: &Tensor| unsafe { (gpu.kernels().sum_scratch)(x.elem_count()) };
-        let longest = tensors.iter().map(scratch).max().unwrap_or(0);
-        let [sums, scratch] = gpu.scratch([tensors.len() * size_of::<f64>(), longest])?;
-        for (i, x) in tensors.iter().enumerate() {
-            let sum = sums.offset(i * size_of::<f64>());
-            gpu.launch(OP, |k, stream| {
-                let (element, n, x) = (gpu.element(OP, x)?, x.elem_count(), gpu.at(x)?);
-                Ok(unsafe { (k.sum_of_squares)(element, x, sum, n, scratch, stream) })
-            })?;
+        let element = gpu.element(OP, first)?;
+        let batch = |tensors: &[Tensor]| -> Result<Batch> {
+            let places = tensors.iter().map(|x| Ok((gpu.at(x)?, x.elem_count()))).collect::<Result<Vec<_>>>()?;
+            Ok(Batch::new(&places))
+        };
+        let longest = tensors.iter().map(Tensor::elem_count).max().unwrap_or(0);
+        let scratch = unsafe { (gpu.kernels().sum_scratch)(tensors.len().min(Batch::MAX), longest) };
+        let [sums, scratch] = gpu.scratch([tensors.len() * size_of::<f64>(), scratch])?;
+        for (i, tensors) in tensors.chunks(Batch::MAX).enumerate() {
+            let (batch, out) = (batch(tensors)?, sums.offset(i * Batch::MAX * size_of::<f64>()));
+            gpu.launch(OP, |k, stream| Ok(unsafe { (k.sum_of_squares)(element, &batch, out, scratch, stream) }))?;
         }
         Ok(gpu.read_f64s(sums, tensors.len())?.iter().sum())
     }, T => {

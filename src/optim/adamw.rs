@@ -9,7 +9,7 @@
 //! t counts the updates of the row, this one included.
 
 #[cfg(any(feature = "cuda", test))]
-use super::pass::GpuRow;
+use super::pass::GpuRows;
 use super::pass::{Elements, Rule, Step};
 use super::{Hyper, Moment, Optimizer};
 use crate::config::OptimizerTable;
@@ -39,23 +39,23 @@ impl AdamW {
         (hyper.lr / correction(self.beta1), correction(self.beta2).sqrt().recip())
     }
 
-    /// Updates the segments of a row that `chosen` names, on a GPU.
+    /// Updates the segments of the rows that `chosen` names, on a GPU.
     #[cfg(any(feature = "cuda", test))]
-    pub(super) fn launch_on(&self, gpu: &Gpu, row: &GpuRow<3>, chosen: impl Fn(&Segment) -> bool) -> Result<()> {
-        let stretches = row.stretches(self.weight_decay, chosen)?;
-        let (step_size, root_correction) = self.corrected(row.t, row.hyper);
+    pub(super) fn launch_on(&self, gpu: &Gpu, rows: &GpuRows<3>, chosen: impl Fn(&Segment) -> bool) -> Result<()> {
+        let stretches = rows.stretches(self.weight_decay, chosen)?;
+        let (step_size, root_correction) = self.corrected(rows.t, rows.hyper);
         let rule = AdamWRule {
-            scale: row.hyper.gradient_scale as f32,
+            scale: rows.hyper.gradient_scale as f32,
             one_minus_beta1: (1.0 - self.beta1) as f32,
             beta2: self.beta2 as f32,
             one_minus_beta2: (1.0 - self.beta2) as f32,
             step_size: step_size as f32,
             root_correction: root_correction as f32,
-            eps: (self.eps * row.hyper.eps_scale) as f32,
+            eps: (self.eps * rows.hyper.eps_scale) as f32,
         };
-        let [theta, m, v] = row.written;
+        let [theta, m, v] = rows.written;
         gpu.launch(Self::NAME, |k, stream| {
-            Ok(unsafe { (k.adamw)(rule, &stretches, row.grad, theta, m, v, row.layout.len(), stream) })
+            Ok(unsafe { (k.adamw)(rule, &stretches, rows.grad, theta, m, v, rows.rows, stream) })
         })
     }
 }
@@ -83,8 +83,8 @@ impl Rule<3> for AdamW {
     }
 
     #[cfg(any(feature = "cuda", test))]
-    fn launch(&self, gpu: &Gpu, row: &GpuRow<3>) -> Result<()> {
-        self.launch_on(gpu, row, |_| true)
+    fn launch(&self, gpu: &Gpu, rows: &GpuRows<3>) -> Result<()> {
+        self.launch_on(gpu, rows, |_| true)
     }
 }
 

@@ -225,7 +225,7 @@ fn a_gpu_updates_as_the_cpu() {
         for vocab in [52, 41] {
             let run = |dtype, device: &Device| {
                 let mut run = Run::with_layout(&table, dtype, layout_with(vocab)).on(device);
-                for (step, rows) in [&[0, 1, 2][..], &[2, 0], &[1]].into_iter().enumerate() {
+                for (step, rows) in [&[0, 1, 2][..], &[2, 0], &[1], &[0, 2]].into_iter().enumerate() {
                     run.step(rows, &run.gradient(step));
                 }
                 run.state()
@@ -253,7 +253,7 @@ fn columns(values: &[f64], width: usize, columns: &std::ops::Range<usize>) -> Ve
 fn shards_are_updated_as_the_whole() {
     let law = |numbers: &[usize], device: &Device| {
         for table in tables() {
-            let steps: [&[usize]; 3] = [&[0, 1, 2], &[2, 0], &[1]];
+            let steps: [&[usize]; 4] = [&[0, 1, 2], &[2, 0], &[1], &[0, 2]];
             let mut whole = Run::with_layout(&table, DType::F32, layout_with(41)).on(device);
             let (before, width) = (whole.state(), whole.layout.len());
             steps.iter().enumerate().for_each(|(step, rows)| whole.step(rows, &whole.gradient(step)));

@@ -15,14 +15,14 @@
 //! 0.2 √max(r, c) (arXiv 2502.16982), which is made to share one rate. The fused qkv weight is three matrices.
 
 #[cfg(any(feature = "cuda", test))]
-use super::pass::GpuRow;
+use super::pass::GpuRows;
 use super::pass::{Elements, Rule, Step};
 use super::{AdamW, Hyper, Moment, Optimizer};
 use crate::config::OptimizerTable;
 use crate::error::Result;
 use crate::model::{Segment, Shard};
 #[cfg(any(feature = "cuda", test))]
-use crate::ops::cuda::{Address, Gpu, Operand, Product};
+use crate::ops::cuda::{Address, Batch, Gpu, Operand, Product};
 use crate::ops::matrix::{Factors, Mat, MatMut, multiply};
 use crate::ops::real::{Real, reduce, vectorized, with_scratch};
 use candle_core::Tensor;
@@ -116,7 +116,7 @@ impl Muon {
     ) -> Result<()> {
         let (n, small) = (shape[0] * shape[1], shape[0].min(shape[1]));
         let float = size_of::<f32>();
-        let sum_scratch = unsafe { (gpu.kernels().sum_scratch)(n) };
+        let sum_scratch = unsafe { (gpu.kernels().sum_scratch)(1, n) };
         let lengths =
             [n * float, n * float, small * small * float, small * small * float, size_of::<f64>(), sum_scratch];
         let [x, next, gram, polynomial, square, sum_scratch] = gpu.scratch(lengths)?;
@@ -124,7 +124,8 @@ impl Muon {
         gpu.launch(Self::NAME, |k, stream| {
             Ok(unsafe { (k.momentum)(scale, mu, self.nesterov.into(), grad, momentum, x, n, stream) })
         })?;
-        gpu.launch(Self::NAME, |k, stream| Ok(unsafe { (k.sum_of_squares)(0, x, square, n, sum_scratch, stream) }))?;
+        let batch = Batch::new(&[(x, n)]);
+        gpu.launch(Self::NAME, |k, stream| Ok(unsafe { (k.sum_of_squares)(0, &batch, square, sum_scratch, stream) }))?;
         gpu.launch(Self::NAME, |k, stream| Ok(unsafe { (k.normalize)(x, square, SMALLEST_NORM, n, stream) }))?;
         let x = launch_orthogonalize(gpu, shape, [x, next], gram, polynomial)?;
         let (keep, step_size) = self.keep_and_step_size(shape, decay, hyper);
@@ -218,17 +219,15 @@ impl Rule<3> for Muon {
     }
 
     #[cfg(any(feature = "cuda", test))]
-    fn launch(&self, gpu: &Gpu, row: &GpuRow<3>) -> Result<()> {
-        for segment in &row.layout.segments {
+    fn launch(&self, gpu: &Gpu, rows: &GpuRows<3>) -> Result<()> {
+        for segment in &rows.layout.segments {
             let Some((shape, count)) = matrices(segment) else { continue };
-            let (grad, [theta, momentum, _]) = row.segment(segment);
-            for k in 0..count {
-                let place = |address: Address| address.offset(k * shape[0] * shape[1] * size_of::<f32>());
-                let written = [theta, momentum].map(place);
-                self.launch_matrix(gpu, shape, segment.decay, row.hyper, place(grad), written)?;
+            for (row, k) in (0..rows.rows.count).flat_map(|row| (0..count).map(move |k| (row, k))) {
+                let (grad, [theta, momentum, _]) = rows.place(row, segment.offset + k * shape[0] * shape[1]);
+                self.launch_matrix(gpu, shape, segment.decay, rows.hyper, grad, [theta, momentum])?;
             }
         }
-        self.adamw.launch_on(gpu, row, |segment| matrices(segment).is_none())
+        self.adamw.launch_on(gpu, rows, |segment| matrices(segment).is_none())
     }
 }
 

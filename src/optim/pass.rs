@@ -8,7 +8,7 @@ use crate::error::{Result, bail, ensure};
 use crate::model::{Layout, Segment, Shard};
 use crate::ops::access::{check, on_device, read, write};
 #[cfg(any(feature = "cuda", test))]
-use crate::ops::cuda::{Address, Gpu, Stretch, Stretches};
+use crate::ops::cuda::{Address, Gpu, Rows, Stretch, Stretches};
 use crate::ops::profile;
 use crate::ops::real::{PIECE, Real, vectorized};
 #[cfg(any(feature = "cuda", test))]
@@ -25,24 +25,26 @@ pub trait Rule<const N: usize>: Sync {
     const NAME: &str;
     /// Updates one segment of one row with its `t`-th gradient, t = 1, 2, ...
     fn update<T: Real>(&self, segment: &Segment, t: u64, hyper: &Hyper, elements: Elements<T, N>);
-    /// Updates all segments of one row's shard on a GPU.
+    /// Updates all segments of the rows' shards on a GPU.
     #[cfg(any(feature = "cuda", test))]
-    fn launch(&self, gpu: &Gpu, row: &GpuRow<N>) -> Result<()>;
+    fn launch(&self, gpu: &Gpu, rows: &GpuRows<N>) -> Result<()>;
 }
 
-/// The shard of a row on a GPU, with its `t`-th gradient; everything is f32.
+/// The shards of rows on a GPU, each with its `t`-th gradient; everything is f32.
 #[cfg(any(feature = "cuda", test))]
-pub struct GpuRow<'a, const N: usize> {
+pub struct GpuRows<'a, const N: usize> {
     pub layout: &'a Layout,
     pub t: u64,
     pub hyper: &'a Hyper,
+    pub rows: Rows,
+    /// Where the first row begins.
     pub grad: Address,
-    /// θ, then the moments.
+    /// The same of θ, then the moments.
     pub written: [Address; N],
 }
 
 #[cfg(any(feature = "cuda", test))]
-impl<const N: usize> GpuRow<'_, N> {
+impl<const N: usize> GpuRows<'_, N> {
     /// The segments that `chosen` names, with their factors on θ for weight decay λ.
     pub fn stretches(&self, weight_decay: f64, chosen: impl Fn(&Segment) -> bool) -> Result<Stretches> {
         let mut stretches = Stretches::default();
@@ -62,11 +64,39 @@ impl<const N: usize> GpuRow<'_, N> {
         Ok(stretches)
     }
 
-    /// Where a segment begins in each tensor: the gradient, then the written ones.
-    pub fn segment(&self, segment: &Segment) -> (Address, [Address; N]) {
-        let place = |address: Address| address.offset(segment.offset * size_of::<f32>());
-        (place(self.grad), self.written.map(place))
+    /// Where an element of a row is in each tensor: the gradient, then the written ones.
+    pub fn place(&self, row: usize, element: usize) -> (Address, [Address; N]) {
+        let Rows { pitch, pitch_of_moments, .. } = self.rows;
+        let place = |address: Address, pitch: usize| address.offset((row * pitch + element) * size_of::<f32>());
+        let written = |k: usize| place(self.written[k], if k == 0 { pitch } else { pitch_of_moments });
+        (place(self.grad, pitch), std::array::from_fn(written))
     }
+}
+
+/// Rows first, first + step, ... that have had as many updates.
+#[cfg(any(feature = "cuda", test))]
+#[derive(Debug, PartialEq)]
+struct Alike {
+    first: usize,
+    step: usize,
+    count: usize,
+    updates: u64,
+}
+
+/// The rows in order, as many at once as can be: all of a net, or every other one, are mostly alike.
+#[cfg(any(feature = "cuda", test))]
+fn alike(rows: &[usize], updates: &[u64]) -> Vec<Alike> {
+    let mut found: Vec<Alike> = Vec::new();
+    for (&row, &updates) in rows.iter().zip(updates) {
+        match found.last_mut().filter(|last| last.updates == updates) {
+            Some(last) if last.count == 1 && row > last.first => {
+                (last.step, last.count) = (row - last.first, 2);
+            }
+            Some(last) if last.count > 1 && row == last.first + last.count * last.step => last.count += 1,
+            _ => found.push(Alike { first: row, step: 1, count: 1, updates }),
+        }
+    }
+    found
 }
 
 /// The same stretch of all tensors of a step.
@@ -177,17 +207,18 @@ impl Step<'_> {
         ensure!(self.theta.dtype() == DType::F32, "{name}: a GPU updates f32, not {:?}", self.theta.dtype());
         let Shard { layout, columns, .. } = self.shard;
         let (width, kept) = (self.shard.width(), columns.len());
-        for (&row, &updates) in self.rows.iter().zip(self.updates) {
+        for Alike { first, step, count, updates } in alike(self.rows, self.updates) {
             let place = |tensor: &Tensor, element: usize| -> Result<Address> {
                 Ok(gpu.at(tensor)?.offset(element * size_of::<f32>()))
             };
-            let first = row * width + columns.start;
-            let mut written = [place(self.theta, first)?; N];
+            let element = first * width + columns.start;
+            let mut written = [place(self.theta, element)?; N];
             for (written, moment) in written[1..].iter_mut().zip(self.moments) {
-                *written = place(moment, row * kept)?;
+                *written = place(moment, first * kept)?;
             }
-            let (hyper, grad) = (self.hyper, place(self.grad, first)?);
-            rule.launch(gpu, &GpuRow { layout, t: updates + 1, hyper, grad, written })?;
+            let rows = Rows { count, length: kept, pitch: step * width, pitch_of_moments: step * kept };
+            let (hyper, grad) = (self.hyper, place(self.grad, element)?);
+            rule.launch(gpu, &GpuRows { layout, t: updates + 1, hyper, rows, grad, written })?;
         }
         Ok(())
     }
@@ -273,4 +304,23 @@ fn write_moments<T: Real, const N: usize>(
         written[N - moments.len()] = elements;
         write_moments(rest, written, f)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_that_are_alike_go_together() {
+        let of = |rows: &[usize], updates: &[u64]| {
+            let found = alike(rows, updates).into_iter();
+            found.map(|Alike { first, step, count, updates }| (first, step, count, updates)).collect::<Vec<_>>()
+        };
+        assert_eq!(of(&[], &[]), []);
+        assert_eq!(of(&[0, 1, 2, 3], &[5, 5, 5, 5]), [(0, 1, 4, 5)]);
+        assert_eq!(of(&[1, 3, 5], &[5, 5, 5]), [(1, 2, 3, 5)]);
+        assert_eq!(of(&[0, 1, 2, 3], &[5, 5, 6, 5]), [(0, 1, 2, 5), (2, 1, 1, 6), (3, 1, 1, 5)]);
+        assert_eq!(of(&[0, 1, 3, 4], &[5; 4]), [(0, 1, 2, 5), (3, 1, 2, 5)]);
+        assert_eq!(of(&[2, 0, 1], &[5; 3]), [(2, 1, 1, 5), (0, 1, 2, 5)]);
+    }
 }

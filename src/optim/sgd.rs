@@ -7,7 +7,7 @@
 //! ```
 
 #[cfg(any(feature = "cuda", test))]
-use super::pass::GpuRow;
+use super::pass::GpuRows;
 use super::pass::{Elements, Rule, Step};
 use super::{Hyper, Moment, Optimizer};
 use crate::config::OptimizerTable;
@@ -49,13 +49,13 @@ impl Rule<2> for Sgd {
     }
 
     #[cfg(any(feature = "cuda", test))]
-    fn launch(&self, gpu: &Gpu, row: &GpuRow<2>) -> Result<()> {
-        let stretches = row.stretches(self.weight_decay, |_| true)?;
-        let (scale, mu, lr) = (row.hyper.gradient_scale as f32, self.momentum as f32, row.hyper.lr as f32);
-        let [theta, b] = row.written;
+    fn launch(&self, gpu: &Gpu, rows: &GpuRows<2>) -> Result<()> {
+        let stretches = rows.stretches(self.weight_decay, |_| true)?;
+        let (scale, mu, lr) = (rows.hyper.gradient_scale as f32, self.momentum as f32, rows.hyper.lr as f32);
+        let [theta, b] = rows.written;
         gpu.launch(Self::NAME, |k, stream| {
-            let n = row.layout.len();
-            Ok(unsafe { (k.sgd)(scale, mu, self.nesterov.into(), lr, &stretches, row.grad, theta, b, n, stream) })
+            let nesterov = self.nesterov.into();
+            Ok(unsafe { (k.sgd)(scale, mu, nesterov, lr, &stretches, rows.grad, theta, b, rows.rows, stream) })
         })
     }
 }

@@ -99,7 +99,8 @@ impl Differentiator {
         receivers: Receivers,
     ) -> Result<f64> {
         zero_gradient(hierarchy, target, ends != Ends::Add)?;
-        let share = share(sequences, comm.rank(), comm.size());
+        let ranks = comm.size();
+        let share = share(sequences, comm.rank(), ranks);
         let scale = 1.0 / (sequences * self.context) as f64;
         let Differentiator { net, rounded, sampler, batch, sums, scattered, micro_batch, .. } = self;
         let buckets = match receivers {
@@ -112,16 +113,17 @@ impl Differentiator {
         for start in share.clone().step_by(*micro_batch) {
             let end = share.end.min(start + *micro_batch);
             sampler.batch(first + start as u64, end - start, batch)?;
-            let mut ready = |part: Ready| match (end == share.end, part) {
-                (false, _) => Ok(()),
-                (true, Ready::Block(n)) => {
+            let mut exchange = |part: Ready| match part {
+                Ready::Block(n) => {
                     let row = hierarchy.row_indices(target.level, target.coset)[n];
                     add(buckets, comm, hierarchy.group(target.level), row)
                 }
-                (true, Ready::Ends) if ends == Ends::Sum => add(buckets, comm, hierarchy.ends(target.level), 0),
-                (true, Ready::Ends) => Ok(()),
+                Ready::Ends if ends == Ends::Sum => add(buckets, comm, hierarchy.ends(target.level), 0),
+                Ready::Ends => Ok(()),
             };
-            loss += scale * net.loss_and_gradient(params, grads, &batch.tokens, &batch.targets, scale, &mut ready)?;
+            let exchanges = end == share.end && ranks > 1;
+            let ready: Option<&mut dyn FnMut(Ready) -> Result<()>> = if exchanges { Some(&mut exchange) } else { None };
+            loss += scale * net.loss_and_gradient(params, grads, &batch.tokens, &batch.targets, scale, ready)?;
         }
         buckets.finish(comm)?;
         Ok(loss)
@@ -210,8 +212,8 @@ fn own(group: &Group, rows: &[usize]) -> Result<Vec<Tensor>> {
 /// grad = 0 of the target and, if `ends`, of the ends.
 fn zero_gradient(hierarchy: &Hierarchy, target: Target, ends: bool) -> Result<()> {
     let grad = &hierarchy.group(target.level).grad;
-    for &row in hierarchy.row_indices(target.level, target.coset) {
-        access::fill(&grad.narrow(0, row, 1)?, 0.0)?;
+    for rows in hierarchy.row_indices(target.level, target.coset).chunk_by(|row, next| *next == row + 1) {
+        access::fill(&grad.narrow(0, rows[0], rows.len())?, 0.0)?;
     }
     if ends {
         access::fill(&hierarchy.ends(target.level).grad, 0.0)?;

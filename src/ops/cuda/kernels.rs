@@ -51,6 +51,44 @@ impl Stretches {
     pub const MAX: usize = 16;
 }
 
+/// Rows that are updated alike, at the same distance from one to the next. As in optimizer.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Rows {
+    pub count: usize,
+    /// Elements of a row that are updated.
+    pub length: usize,
+    /// Elements from a row to the next, of θ and the gradient.
+    pub pitch: usize,
+    /// The same of the moments.
+    pub pitch_of_moments: usize,
+}
+
+/// Tensors that are summed in one launch. As in norm.cu.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Batch {
+    pub x: [Address; Batch::MAX],
+    /// Elements.
+    pub n: [usize; Batch::MAX],
+    pub count: c_int,
+}
+
+impl Batch {
+    pub const MAX: usize = 64;
+
+    /// # Panics
+    /// If they are more than [`Batch::MAX`].
+    pub fn new(tensors: &[(Address, usize)]) -> Batch {
+        let nothing = Address(std::ptr::null_mut());
+        let mut batch = Batch { x: [nothing; Batch::MAX], n: [0; Batch::MAX], count: tensors.len() as c_int };
+        for (k, &(x, n)) in tensors.iter().enumerate() {
+            (batch.x[k], batch.n[k]) = (x, n);
+        }
+        batch
+    }
+}
+
 /// Declares the functions once: a table of pointers, and both ways to fill it.
 macro_rules! kernels {
     ($($name:ident($($argument:ident: $type:ty),*) -> $result:ty;)*) => {
@@ -131,14 +169,14 @@ kernels! {
     softmax_loss_and_gradient(dtype: c_int, logits: Address, targets: Address, scale: f32, losses: Address, rows: usize,
                               vocab: u32, stream: Stream) -> c_int;
 
-    sum_scratch(n: usize) -> usize;
-    sum(dtype: c_int, x: Address, out: Address, n: usize, scratch: Address, stream: Stream) -> c_int;
-    sum_of_squares(dtype: c_int, x: Address, out: Address, n: usize, scratch: Address, stream: Stream) -> c_int;
+    sum_scratch(count: usize, longest: usize) -> usize;
+    sum(dtype: c_int, batch: *const Batch, out: Address, scratch: Address, stream: Stream) -> c_int;
+    sum_of_squares(dtype: c_int, batch: *const Batch, out: Address, scratch: Address, stream: Stream) -> c_int;
 
-    adamw(rule: AdamWRule, stretches: *const Stretches, grad: Address, theta: Address, m: Address, v: Address, n: usize,
+    adamw(rule: AdamWRule, stretches: *const Stretches, grad: Address, theta: Address, m: Address, v: Address, rows: Rows,
           stream: Stream) -> c_int;
     sgd(scale: f32, mu: f32, nesterov: c_int, lr: f32, stretches: *const Stretches, grad: Address, theta: Address,
-        b: Address, n: usize, stream: Stream) -> c_int;
+        b: Address, rows: Rows, stream: Stream) -> c_int;
     momentum(scale: f32, mu: f32, nesterov: c_int, grad: Address, b: Address, u: Address, n: usize, stream: Stream) -> c_int;
     normalize(x: Address, square: Address, smallest: f64, n: usize, stream: Stream) -> c_int;
     add_diagonal(x: Address, value: f32, order: usize, stream: Stream) -> c_int;

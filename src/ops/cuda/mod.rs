@@ -19,7 +19,7 @@ mod tests;
 
 #[cfg(feature = "cuda")]
 pub use device::{Selected, forget_peak_memory, memory, select, uuid, visible};
-pub use kernels::{AdamWRule, Address, Kernels, Stream, Stretch, Stretches};
+pub use kernels::{AdamWRule, Address, Batch, Kernels, Rows, Stream, Stretch, Stretches};
 
 use super::access::no_kernel;
 use crate::error::{Result, ensure};

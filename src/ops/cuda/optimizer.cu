@@ -1,4 +1,4 @@
-// Update rules in one pass over the elements of a row, optim/: each of θ, gradient and moments is read and written once. All float.
+// Update rules in one pass over the elements of rows, optim/: each of θ, gradient and moments is read and written once. All float.
 //
 // Shards of a row begin anywhere, and have the bits of the whole row: each rule says which product is rounded (__fmul_rn) and which is
 // fused with a sum (fmaf), for the compiler may choose another way for vectors than for single elements.
@@ -13,6 +13,11 @@ struct Stretch {
 struct Stretches {
     Stretch of[16];
     int count;
+};
+// `length` elements of each of `count` rows are updated; from a row to the next, θ and the gradient go on by `pitch` elements, moments by
+// `pitch_of_moments`. As in kernels.rs.
+struct Rows {
+    size_t count, length, pitch, pitch_of_moments;
 };
 }
 
@@ -34,13 +39,15 @@ template <int W>
 struct AdamWPass {
     AdamW rule;
     Stretches stretches;
+    Rows rows;
     const float* grad;
     float *theta, *m, *v;
-    __device__ void operator()(size_t i) const {
-        i *= W;
+    __device__ void operator()(size_t row, size_t i) const {
         float keep = keep_at(stretches, i);
         if (keep < 0.0f) return;
-        Floats<W> g = load<W>(grad + i), x = load<W>(theta + i), first = load<W>(m + i), second = load<W>(v + i);
+        size_t j = row * rows.pitch_of_moments + i;
+        i += row * rows.pitch;
+        Floats<W> g = load<W>(grad + i), x = load<W>(theta + i), first = load<W>(m + j), second = load<W>(v + j);
 #pragma unroll
         for (int k = 0; k < W; ++k) {
             float gk = __fmul_rn(rule.scale, g[k]);
@@ -49,8 +56,8 @@ struct AdamWPass {
             float root = fmaf(sqrtf(second[k]), rule.root_correction, rule.eps);
             x[k] = fmaf(keep, x[k], -(__fmul_rn(rule.step_size, first[k]) / root));
         }
-        store(m + i, first);
-        store(v + i, second);
+        store(m + j, first);
+        store(v + j, second);
         store(theta + i, x);
     }
 };
@@ -72,16 +79,18 @@ struct SgdPass {
     Momentum rule;
     float lr;
     Stretches stretches;
+    Rows rows;
     const float* grad;
     float *theta, *b;
-    __device__ void operator()(size_t i) const {
-        i *= W;
+    __device__ void operator()(size_t row, size_t i) const {
         float keep = keep_at(stretches, i);
         if (keep < 0.0f) return;
-        Floats<W> g = load<W>(grad + i), x = load<W>(theta + i), momentum = load<W>(b + i);
+        size_t j = row * rows.pitch_of_moments + i;
+        i += row * rows.pitch;
+        Floats<W> g = load<W>(grad + i), x = load<W>(theta + i), momentum = load<W>(b + j);
 #pragma unroll
         for (int k = 0; k < W; ++k) x[k] = fmaf(-lr, rule(g[k], momentum[k]), __fmul_rn(keep, x[k]));
-        store(b + i, momentum);
+        store(b + j, momentum);
         store(theta + i, x);
     }
 };
@@ -125,37 +134,48 @@ struct AddDiagonal {
     __device__ void operator()(size_t i) const { x[i * (order + 1)] += value; }
 };
 
-// All stretches begin and end at multiples of 4.
-bool whole_vectors(const Stretches& stretches) {
-    bool whole = true;
-    for (int s = 0; s < stretches.count; ++s) whole = whole && stretches.of[s].begin % 4 == 0 && stretches.of[s].end % 4 == 0;
-    return whole;
+// f(row, i) for the first elements i of a row's vectors of W.
+template <int W, class F>
+__global__ void __launch_bounds__(THREADS) for_each_of_rows_kernel(size_t vectors, F f) {
+    size_t i = size_t(blockIdx.x) * THREADS + threadIdx.x;
+    if (i < vectors) f(blockIdx.y, i * W);
 }
 
-// f<float, W> with vectors where `row` elements, `stretches` and pointers allow it.
+// run<W>() with vectors of W = 4 elements where rows, stretches and pointers begin and end at multiples of that, else with 1.
 template <class F, class... Pointers>
-int with_stretches(size_t row, const Stretches& stretches, F f, Pointers... pointers) {
-    return whole_vectors(stretches) ? with_width<float>(row, f, pointers...) : f.template operator()<float, 1>();
+int with_stretches(const Rows& rows, const Stretches& stretches, F run, Pointers... pointers) {
+    constexpr size_t WIDTH = WIDE<float>;
+    bool whole = rows.length % WIDTH == 0 && all_aligned(pointers...);
+    if (rows.count > 1) whole = whole && rows.pitch % WIDTH == 0 && rows.pitch_of_moments % WIDTH == 0;
+    for (int s = 0; s < stretches.count; ++s) whole = whole && stretches.of[s].begin % WIDTH == 0 && stretches.of[s].end % WIDTH == 0;
+    return whole ? run.template operator()<WIDTH>() : run.template operator()<1>();
+}
+
+template <int W, class F>
+int for_each_of_rows(const Rows& rows, cudaStream_t stream, F f) {
+    size_t vectors = rows.length / W;
+    if (vectors == 0 || rows.count == 0) return cudaSuccess;
+    return launch(for_each_of_rows_kernel<W, F>, dim3(ceil_div(vectors, THREADS), rows.count), THREADS, 0, stream, vectors, f);
 }
 
 } // namespace
 
-// One row of n elements; `rule` as in optim/adamw.rs.
-extern "C" int vcycle_adamw(AdamW rule, const Stretches* stretches, const float* grad, float* theta, float* m, float* v,
-                            size_t n, cudaStream_t stream) {
-    auto run = [&]<class T, int W>() {
-        return for_each(n / W, stream, AdamWPass<W>{rule, *stretches, grad, theta, m, v});
+// `rule` as in optim/adamw.rs.
+extern "C" int vcycle_adamw(AdamW rule, const Stretches* stretches, const float* grad, float* theta, float* m, float* v, Rows rows,
+                            cudaStream_t stream) {
+    auto run = [&]<int W>() {
+        return for_each_of_rows<W>(rows, stream, AdamWPass<W>{rule, *stretches, rows, grad, theta, m, v});
     };
-    return with_stretches(n, *stretches, run, grad, theta, m, v);
+    return with_stretches(rows, *stretches, run, grad, theta, m, v);
 }
 
-// One row of n elements; as in optim/sgd.rs.
+// As in optim/sgd.rs.
 extern "C" int vcycle_sgd(float scale, float mu, int nesterov, float lr, const Stretches* stretches, const float* grad,
-                          float* theta, float* b, size_t n, cudaStream_t stream) {
-    auto run = [&]<class T, int W>() {
-        return for_each(n / W, stream, SgdPass<W>{{scale, mu, nesterov}, lr, *stretches, grad, theta, b});
+                          float* theta, float* b, Rows rows, cudaStream_t stream) {
+    auto run = [&]<int W>() {
+        return for_each_of_rows<W>(rows, stream, SgdPass<W>{{scale, mu, nesterov}, lr, *stretches, rows, grad, theta, b});
     };
-    return with_stretches(n, *stretches, run, grad, theta, b);
+    return with_stretches(rows, *stretches, run, grad, theta, b);
 }
 
 // The momentum of Muon, optim/muon.rs: B and u = U of n elements.

@@ -170,9 +170,10 @@ fn sums_of_squares() {
             vec![Tensor::new(norm::sum_of_squares(&[place.input(&x)]).unwrap(), &Device::Cpu).unwrap()]
         });
     }
-    let parts = [3, 70_003, 1].map(|n| inputs(&[n], n as u64));
+    // More than one launch takes.
+    let parts: Vec<Tensor> = [3, 70_003, 1].into_iter().chain(1..100).map(|n| inputs(&[n], n as u64)).collect();
     assert_gpu_equals_cpu("sum of squares of several", [1e-7, 1e-7], |place| {
-        let parts = parts.each_ref().map(|x| place.input(x));
+        let parts: Vec<Tensor> = parts.iter().map(|x| place.input(x)).collect();
         vec![Tensor::new(norm::sum_of_squares(&parts).unwrap(), &Device::Cpu).unwrap()]
     });
 }
