@@ -180,20 +180,26 @@ check_resume() {
 
 gpt2=(--set model.width=768 --set model.heads=12 --set data.context=1024)
 
-# A step of the paper's net and of GPT-2's, and its parts.
+# A step of the paper's net and of GPT-2's, its parts, and each op against what the GPU can do.
 check_speed() {
     step "the paper's net, f32" --set model.dtype=f32
     step "the paper's net, bf16" --set model.dtype=bf16
     VCYCLE_CUDA_GRAPHS=0 step "the paper's net, bf16, without graphs" --set model.dtype=bf16
     step "GPT-2 124M, B = 8, bf16" --set model.dtype=bf16 "${gpt2[@]}" --set data.batch=8
     step "GPT-2 124M, B = 32, bf16" --set model.dtype=bf16 "${gpt2[@]}" --set data.batch=32
+    ops "GPT-2 124M, B = 32, bf16" --set model.dtype=bf16 "${gpt2[@]}" --set data.batch=32
+    ops "the paper's net, bf16" --set model.dtype=bf16
 }
 
-# NAME OPTION…; a vocabulary of whole tiles, as training pads it to.
-step() {
+# NAME OPTION…
+step() { measure "bench step, $1" step --steps 20 "${@:2}"; }
+ops() { measure "bench ops, $1" ops "${@:2}"; }
+
+# NAME BENCHMARK OPTION…; a vocabulary of whole tiles, as training pads it to.
+measure() {
     local name=$1
     shift
-    try "bench step, $name" 60 "$scratch/bin/vcycle" bench step --steps 20 --set parallel.device=cuda --set model.vocab=50304 "$@" || return 0
+    try "$name" 60 "$scratch/bin/vcycle" bench "$@" --set parallel.device=cuda --set model.vocab=50304 || return 0
     show .
 }
 

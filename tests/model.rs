@@ -112,14 +112,7 @@ impl Problem {
     fn answer(&self) -> Result<Answer> {
         let mut answer = Answer::zeros(self)?;
         let grads = answer.views(self)?;
-        answer.loss = self.net()?.loss_and_gradient(
-            &self.params()?,
-            &grads,
-            &self.tokens,
-            &self.targets,
-            1.0,
-            None,
-        )?;
+        answer.loss = self.net()?.loss_and_gradient(&self.params()?, &grads, &self.tokens, &self.targets, 1.0, None)?;
         Ok(answer)
     }
 }
