@@ -44,8 +44,10 @@ pub(super) struct EndsParams {
 pub struct Params {
     pub(super) blocks: Vec<BlockParams>,
     pub(super) ends: EndsParams,
-    /// The rows [1, P] and then the ends [1, E] that these are views of.
-    storage: Vec<Tensor>,
+    /// The rows that these are views of, each run of neighbours [_, P] as one tensor.
+    storage_of_rows: Vec<Tensor>,
+    /// The same of the ends, [1, E].
+    storage_of_ends: Tensor,
     /// Step size of a net of these rows.
     pub h: f64,
 }
@@ -56,13 +58,15 @@ impl Params {
     pub fn view(spec: &Spec, trajectory: &Tensor, rows: &[usize], ends: &Tensor, h: f64) -> Result<Params> {
         let layout = Layout::block(spec);
         let blocks = rows.iter().map(|&row| block(&layout, trajectory, row)).collect::<Result<_>>()?;
-        let storage = rows.iter().map(|&row| trajectory.narrow(0, row, 1)).chain([Ok(ends.clone())]);
-        let storage = storage.collect::<candle_core::Result<_>>()?;
+        let runs = rows.chunk_by(|row, next| *next == row + 1);
+        let storage_of_rows = runs.map(|run| trajectory.narrow(0, run[0], run.len()));
+        let storage_of_rows = storage_of_rows.collect::<candle_core::Result<_>>()?;
+        let storage_of_ends = ends.clone();
         let mut ends = segments(&Layout::ends(spec), ends, 0).context("the ends")?.into_iter();
         let mut next = || ends.next().expect("segments of Layout::ends");
         let (wte, wpe, ln_f) = (next(), next(), next());
         let head = if spec.tied { wte.clone() } else { next() };
-        Ok(Params { blocks, ends: EndsParams { wte, wpe, ln_f, head }, storage, h })
+        Ok(Params { blocks, ends: EndsParams { wte, wpe, ln_f, head }, storage_of_rows, storage_of_ends, h })
     }
 
     /// The same net for sequences of at most `context` tokens: it has no positions after them.
@@ -81,9 +85,9 @@ impl Params {
         self.blocks.len()
     }
 
-    /// What these are views of: where it begins says where each of them does.
+    /// What these are views of: where it begins and ends says where each of them does.
     pub(super) fn storage(&self) -> impl Iterator<Item = &Tensor> {
-        self.storage.iter()
+        self.storage_of_rows.iter().chain([&self.storage_of_ends])
     }
 }
 
@@ -118,9 +122,13 @@ impl Rounded {
             }
         };
         rounded.h = params.h;
-        for (exact, rounded) in params.storage.iter().zip(&rounded.storage) {
-            access::cast(exact, rounded)?; // =
+        let mut first = 0;
+        for exact in &params.storage_of_rows {
+            let count = exact.dim(0)?;
+            access::cast(exact, &blocks.narrow(0, first, count)?)?; // =
+            first += count;
         }
+        access::cast(&params.storage_of_ends, ends)?; // =
         Ok(rounded)
     }
 
@@ -161,6 +169,7 @@ fn segments(layout: &Layout, tensor: &Tensor, row: usize) -> Result<Vec<Tensor>>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::testing::{assert_close, random};
     use candle_core::DType;
 
     #[test]
@@ -180,6 +189,29 @@ mod tests {
                 let inside = row == 3 && (fc.offset..fc.offset + fc.len()).contains(&i);
                 assert_eq!(*value, if inside { 1.0 } else { 0.0 }, "row {row}, element {i}");
             }
+        }
+    }
+
+    #[test]
+    fn rounded_parameters_are_those_of_the_net() {
+        let spec = Spec { dtype: DType::BF16, ..Spec::small() };
+        let trajectory = random(&[4, Layout::block(&spec).len()], DType::F32, 1);
+        let ends = random(&[1, Layout::ends(&spec).len()], DType::F32, 2);
+        let mut rounded = Rounded::new(&spec, &Device::Cpu).unwrap();
+        for rows in [&[0, 1, 3][..], &[2], &[0, 2], &[3, 1, 2]] {
+            let params = Params::view(&spec, &trajectory, rows, &ends, 0.5).unwrap();
+            let copy = rounded.copy_of(&params).unwrap();
+            assert_eq!((copy.rows(), copy.h), (rows.len(), 0.5));
+            let same = |exact: &Tensor, copy: &Tensor| {
+                let exact = exact.to_dtype(DType::BF16).unwrap();
+                assert_close(&exact, copy, 0.0);
+            };
+            for (exact, copy) in params.blocks.iter().zip(&copy.blocks) {
+                same(&exact.ln1, &copy.ln1);
+                same(&exact.mlp_proj.bias, &copy.mlp_proj.bias);
+            }
+            same(&params.ends.wte, &copy.ends.wte);
+            same(&params.ends.ln_f, &copy.ends.ln_f);
         }
     }
 

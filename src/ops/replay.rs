@@ -40,7 +40,7 @@ const MOST: usize = 1 << 10;
 
 #[cfg(any(feature = "cuda", test))]
 impl Replay {
-    /// A pass whose launches follow from these numbers, from where these tensors begin, and from nothing else that may change while
+    /// A pass whose launches follow from these numbers, from where these tensors begin and end, and from nothing else that may change while
     /// this [`Replay`] lives.
     pub fn pass<'a>(&mut self, numbers: &[u64], tensors: impl Iterator<Item = &'a Tensor>) -> Result<Pass<'_>> {
         let mut tensors = tensors.peekable();
@@ -51,7 +51,7 @@ impl Replay {
         let [scratch] = gpu.scratch([1])?;
         key.push(scratch.0 as u64);
         for tensor in tensors {
-            key.push(gpu.at(tensor)?.0 as u64);
+            key.extend([gpu.at(tensor)?.0 as u64, tensor.elem_count() as u64]);
         }
         if self.kept.len() >= MOST {
             self.kept.clear();
