@@ -33,12 +33,14 @@ pub fn forward(
         check(OP, x.dtype(), &[("onto", onto, &[n, o])], &[("out", out, &[n, o])])?;
     }
     on_device!(OP, out, gpu => {
-        let bias = b.map(|b| bias_on_gpu(OP, &gpu, b, alpha)).transpose()?;
-        let out = gpu.matrix(out, o)?;
-        let product = Product::new([n, o, i], gpu.matrix(x, i)?, gpu.matrix(w, i)?.t(), out);
-        let c = elsewhere.map_or(Ok(out), |onto| gpu.matrix(onto, o))?;
-        let beta = if onto.is_some() { 1.0 } else { 0.0 };
-        gpu.multiply(Product { alpha, beta, c, bias, ..product })
+        let onto = onto.map(|onto| gpu.matrix(onto, o)).transpose()?;
+        let product = Product::new([n, o, i], gpu.matrix(x, i)?, gpu.matrix(w, i)?.t(), gpu.matrix(out, o)?);
+        let (beta, c) = onto.map_or((0.0, product.out), |onto| (1.0, onto));
+        let product = Product { alpha, beta, c, ..product };
+        match b {
+            Some(b) => multiply_with_bias(OP, &gpu, product, b),
+            None => gpu.multiply(product),
+        }
     }, T => {
         let (x, w) = (read::<T>(x)?, read::<T>(w)?);
         let (b, elsewhere) = (b.map(read::<T>).transpose()?, elsewhere.map(read::<T>).transpose()?);
@@ -61,17 +63,23 @@ pub fn forward(
     })
 }
 
-/// alpha b, where a product takes it.
+/// The product, and alpha b added to each row: as it ends or, where cuBLASLt may not do that, before.
 #[cfg(any(feature = "cuda", test))]
-fn bias_on_gpu(op: &str, gpu: &Gpu, b: &Tensor, alpha: f64) -> Result<Address> {
-    let at = gpu.at(b)?;
-    if alpha == 1.0 && (at.0 as usize).is_multiple_of(BIAS_ALIGNMENT) {
-        return Ok(at);
+fn multiply_with_bias(op: &str, gpu: &Gpu, product: Product, b: &Tensor) -> Result<()> {
+    let Product { shape: [n, o, _], alpha, beta, c, out, .. } = product;
+    let (element, at, alpha) = (gpu.element(op, b)?, gpu.at(b)?, alpha as f32);
+    if !product.takes_bias() {
+        let start = if beta == 0.0 { Address::NONE } else { c.at };
+        let width = cuda::length(op, "width", o)?;
+        gpu.launch(op, |k, stream| Ok(unsafe { (k.begin_rows)(element, alpha, at, start, out.at, n, width, stream) }))?;
+        return gpu.multiply(Product { beta: 1.0, c: out, ..product });
     }
-    let (element, n) = (gpu.element(op, b)?, b.elem_count());
-    let [scaled] = gpu.scratch([n * b.dtype().size_in_bytes()])?;
-    gpu.launch(op, |k, stream| Ok(unsafe { (k.combine)(element, alpha as f32, at, 0.0, at, scaled, n, stream) }))?;
-    Ok(scaled)
+    if alpha == 1.0 && at.is_aligned(BIAS_ALIGNMENT) {
+        return gpu.multiply(Product { bias: Some(at), ..product });
+    }
+    let [scaled] = gpu.scratch([o * b.dtype().size_in_bytes()])?;
+    gpu.launch(op, |k, stream| Ok(unsafe { (k.combine)(element, alpha, at, 0.0, at, scaled, o, stream) }))?;
+    gpu.multiply(Product { bias: Some(scaled), ..product })
 }
 
 /// dx = beta * dx + alpha * dy w. dy [n, o], w [o, i], dx [n, i]. beta = 0 never reads dx.

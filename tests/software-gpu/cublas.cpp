@@ -138,10 +138,13 @@ uint32_t alignment_of(const void* at) {
     return alignment;
 }
 
-// Of the 16 bytes that kernels with a bias want, and of all else that they do not take.
+// Kernels that add a bias are for tensor cores: sizes are multiples of 8, all is aligned to 16 bytes. cuBLASLt has others for some
+// shapes, but does not say for which.
 bool is_supported(const Operation& on, const Layout& a, const Layout& b, const Layout& c, const Layout& d, const Preference& wanted) {
     bool types = a.type == b.type && (a.type == F32 || a.type == BF16) && c.type == d.type && (d.type == F32 || d.type == a.type);
-    bool bias = on.epilogue == PLAIN || (on.epilogue == BIAS && on.bias && alignment_of(on.bias) >= 16);
+    uint64_t sizes = a.rows | a.columns | b.rows | b.columns | d.rows | d.columns;
+    uint32_t aligned = *std::min_element(wanted.alignment, wanted.alignment + 4);
+    bool bias = on.epilogue == PLAIN || (on.epilogue == BIAS && on.bias && alignment_of(on.bias) >= 16 && sizes % 8 == 0 && aligned >= 16);
     return types && bias && on.compute == COMPUTE_F32 && on.scale == F32 && (wanted.reductions & IN_COMPUTE_TYPE);
 }
 

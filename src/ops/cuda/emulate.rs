@@ -232,14 +232,14 @@ pub fn multiply(product: Product) {
     let (a_matrix, b_matrix) = (Mat::new(&a_values, a_columns), Mat::new(&b_values, b_columns));
     let a_matrix = if a.transposed { a_matrix.t() } else { a_matrix };
     let b_matrix = if b.transposed { b_matrix.t() } else { b_matrix };
-    let mut product = if beta == 0.0 { vec![0.0; m * n] } else { values(&c, m, n) };
-    multiply_matrices(Factors::Exact, alpha, a_matrix, b_matrix, beta, MatMut::new(&mut product, n));
+    let mut sum = if beta == 0.0 { vec![0.0; m * n] } else { values(&c, m, n) };
+    multiply_matrices(Factors::Exact, alpha, a_matrix, b_matrix, beta, MatMut::new(&mut sum, n));
     if let Some(at) = bias {
-        assert!((at.0 as usize).is_multiple_of(BIAS_ALIGNMENT), "a bias at {at:?}");
+        assert!(product.takes_bias() && at.is_aligned(BIAS_ALIGNMENT), "a bias that cuBLASLt may not take");
         let bias = values(&Operand { at, transposed: false, ..out }, 1, n);
-        product.chunks_mut(n).for_each(|row| row.iter_mut().zip(&bias).for_each(|(value, bias)| *value += bias));
+        sum.chunks_mut(n).for_each(|row| row.iter_mut().zip(&bias).for_each(|(value, bias)| *value += bias));
     }
-    for (row, values) in product.chunks(n).enumerate() {
+    for (row, values) in sum.chunks(n).enumerate() {
         for (column, &value) in values.iter().enumerate() {
             let i = row * out.pitch + column;
             // SAFETY: inside the matrix that the caller describes.

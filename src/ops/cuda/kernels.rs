@@ -7,6 +7,12 @@ use std::ffi::{c_char, c_int, c_void};
 pub struct Address(pub *mut c_void);
 
 impl Address {
+    pub const NONE: Address = Address(std::ptr::null_mut());
+
+    pub fn is_aligned(self, bytes: usize) -> bool {
+        (self.0 as usize).is_multiple_of(bytes)
+    }
+
     pub fn offset(self, bytes: usize) -> Address {
         Address(self.0.wrapping_byte_add(bytes))
     }
@@ -80,8 +86,7 @@ impl Batch {
     /// # Panics
     /// If they are more than [`Batch::MAX`].
     pub fn new(tensors: &[(Address, usize)]) -> Batch {
-        let nothing = Address(std::ptr::null_mut());
-        let mut batch = Batch { x: [nothing; Batch::MAX], n: [0; Batch::MAX], count: tensors.len() as c_int };
+        let mut batch = Batch { x: [Address::NONE; Batch::MAX], n: [0; Batch::MAX], count: tensors.len() as c_int };
         for (k, &(x, n)) in tensors.iter().enumerate() {
             (batch.x[k], batch.n[k]) = (x, n);
         }
@@ -139,6 +144,7 @@ kernels! {
     gelu_forward(dtype: c_int, x: Address, b: Address, out: Address, n: usize, w: c_int, stream: Stream) -> c_int;
     gelu_backward(dtype: c_int, x: Address, b: Address, d: Address, n: usize, w: c_int, stream: Stream) -> c_int;
 
+    begin_rows(dtype: c_int, alpha: f32, b: Address, start: Address, out: Address, n: usize, d: c_int, stream: Stream) -> c_int;
     add_column_sums_scratch(n: usize, d: c_int) -> usize;
     add_column_sums(dtype: c_int, x: Address, alpha: f32, sums: Address, n: usize, d: c_int, scratch: Address,
                     stream: Stream) -> c_int;

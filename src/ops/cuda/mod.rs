@@ -72,6 +72,9 @@ impl Operand {
     }
 }
 
+/// Bytes; of a bias too.
+pub const BIAS_ALIGNMENT: usize = 16;
+
 /// out [m, n] = alpha a b + beta c + bias, a [m, k] and b [k, n] as they are after transposition.
 #[derive(Clone, Copy)]
 pub struct Product {
@@ -84,18 +87,22 @@ pub struct Product {
     pub beta: f64,
     /// Of the type of out, and out itself or elsewhere.
     pub c: Operand,
-    /// [n], of the type of out, added to each row; [`BIAS_ALIGNMENT`].
+    /// [n], of the type of out, added to each row of a product that [takes one](Product::takes_bias).
     pub bias: Option<Address>,
     pub out: Operand,
 }
-
-/// Bytes. From elsewhere cuBLASLt's kernels may read a bias wrongly or not at all.
-pub const BIAS_ALIGNMENT: usize = 16;
 
 impl Product {
     /// out = a b
     pub fn new(shape: [usize; 3], a: Operand, b: Operand, out: Operand) -> Product {
         Product { shape, alpha: 1.0, a, b, beta: 0.0, c: out, bias: None, out }
+    }
+
+    /// Whether cuBLASLt is sure to have a kernel that adds a bias: one for tensor cores, all sizes multiples of 8 and all matrices
+    /// [aligned](BIAS_ALIGNMENT).
+    pub fn takes_bias(&self) -> bool {
+        let aligned = |operand: &Operand| operand.at.is_aligned(BIAS_ALIGNMENT);
+        self.shape.iter().all(|size| size.is_multiple_of(8)) && [self.a, self.b, self.c, self.out].iter().all(aligned)
     }
 }
 
