@@ -380,6 +380,7 @@ mod tests {
     use super::super::{Solo, thread};
     use super::*;
     use crate::ops::cuda;
+    use crate::ops::testing::alone_on_gpus;
     use candle_core::Device;
     use std::ops::Range;
     use std::path::PathBuf;
@@ -402,6 +403,7 @@ mod tests {
             );
             return;
         }
+        let _alone = alone_on_gpus();
         thread::run(2, |comm| {
             let host = comm.split(Some(0)).unwrap().unwrap();
             law(&mut Nccl::new(host, &gpu(comm.rank())).unwrap());
@@ -481,6 +483,7 @@ mod tests {
 
     #[test]
     fn one_rank() {
+        let _alone = alone_on_gpus();
         laws(&mut Nccl::new(Box::new(Solo::default()), &gpu(0)).unwrap());
     }
 

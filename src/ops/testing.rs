@@ -182,6 +182,14 @@ fn run_at(place: Place, op: &dyn Fn(&Place) -> Vec<Tensor>) -> Vec<Vec<u64>> {
     bits
 }
 
+/// Held by a test while it uses GPUs: the making of a stream waits for all others of its GPU, and none of them may be captured then.
+#[cfg(feature = "cuda")]
+pub fn alone_on_gpus() -> std::sync::MutexGuard<'static, ()> {
+    static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+    // What a test that failed has left there is of no matter to the next.
+    ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
 /// What `f` makes on a GPU, twice the same bits: on the first real one with the feature `cuda`, else on the emulated one.
 /// `None` where there is no g++ to compile the emulation with.
 #[cfg(not(feature = "cuda"))]
@@ -191,7 +199,7 @@ pub fn on_gpu<R: PartialEq>(f: impl Fn(&Device) -> R) -> Option<R> {
 
 #[cfg(feature = "cuda")]
 pub fn on_gpu<R: PartialEq>(f: impl Fn(&Device) -> R) -> Option<R> {
-    // A stream for each test: what one launches must not become a part of the graph that another captures.
+    let _alone = alone_on_gpus();
     thread_local! {
         static GPU: Device = crate::ops::cuda::select(0).expect("tests of the feature `cuda` need a GPU").device;
     }
