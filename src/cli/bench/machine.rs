@@ -1,7 +1,7 @@
 //! `vcycle bench machine`
 
 use super::breakdown::breakdown;
-use super::{FINE, PAPER, Subject, agreed_max, configure, median};
+use super::{FINE, PAPER, Subject, agreed_max, configure, median, profiled};
 use crate::cli::machine::{Cost, Link, Machine};
 use crate::cli::setting;
 use crate::cli::text::{percent, seconds};
@@ -9,7 +9,6 @@ use crate::comm::{Communicator, Exchange, World};
 use crate::error::{Context, Outcome, Result, bail, ensure};
 use crate::model::Layout;
 use crate::ops::matrix::{Factors, Mat, MatMut, multiply_parallel};
-use crate::ops::profile;
 use crate::{optim, run};
 use candle_core::{DType, Device, Tensor};
 use std::fmt::Write;
@@ -91,7 +90,6 @@ pub fn run(args: &Args, world: &mut World) -> Result<Outcome> {
 /// Of the median step; while all compute, the slowest rank's.
 fn speed(subject: &mut Subject, comm: &mut dyn Communicator, times: u32) -> Result<Speed> {
     subject.warm_up(FINE)?;
-    profile::enable(subject.learner.device());
     let (mut passes, mut updates, mut alone) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..times {
         comm.barrier()?;
@@ -101,7 +99,6 @@ fn speed(subject: &mut Subject, comm: &mut dyn Communicator, times: u32) -> Resu
         let pass_s = if comm.rank() == 0 { timed_step(subject)?.0 } else { 0.0 };
         alone.push(agreed_max(comm, pass_s)?);
     }
-    profile::disable();
     let spec = subject.learner.spec();
     let moments = optim::new(&subject.config.optimizer).moments().len();
     let parameters = spec.depth * Layout::block(spec).len() + Layout::ends(spec).len();
@@ -114,9 +111,9 @@ fn speed(subject: &mut Subject, comm: &mut dyn Communicator, times: u32) -> Resu
 
 /// Seconds of the forward and backward pass, and of the update.
 fn timed_step(subject: &mut Subject) -> Result<(f64, f64)> {
-    profile::take();
-    let step_s = subject.step(FINE)?;
-    let parts = breakdown(&subject.config, subject.learner.spec(), step_s, &profile::take());
+    let device = subject.learner.device().clone();
+    let (step_s, entries) = profiled(&device, || subject.step(FINE))?;
+    let parts = breakdown(&subject.config, subject.learner.spec(), step_s, &entries);
     let update = parts.iter().filter(|part| ["optimizer", "gradient norm"].contains(&part.part));
     let update_s: f64 = update.map(|part| part.seconds).sum();
     Ok((step_s - update_s, update_s))

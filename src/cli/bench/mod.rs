@@ -14,6 +14,7 @@ use crate::comm::{Communicator, Reduction, Solo, World};
 use crate::config::{self, Config};
 use crate::cycle::level_flops;
 use crate::error::{Context, Outcome, Result};
+use crate::ops::profile::{self, Entry};
 use crate::run::{self, Learner, Target};
 use candle_core::Device;
 use std::io::Write;
@@ -127,6 +128,15 @@ impl Subject {
     fn flops(&self) -> f64 {
         level_flops(&self.config, self.learner.spec(), 0).total as f64
     }
+}
+
+/// What `work` gives, and the ops that it calls on `device`.
+fn profiled<R>(device: &Device, work: impl FnOnce() -> Result<R>) -> Result<(R, Vec<Entry>)> {
+    profile::enable(device);
+    profile::take();
+    let done = work();
+    profile::disable();
+    Ok((done?, profile::take()))
 }
 
 /// The default config with `overrides`, the later ones winning, and the folder with its random tokens.

@@ -1,11 +1,11 @@
 //! `vcycle bench ops`
 
-use super::{Common, FINE, PAPER, Subject, configure, median};
+use super::{Common, FINE, PAPER, Subject, configure, median, profiled};
 use crate::cli::text::{percent, seconds, table};
 use crate::config::Config;
 use crate::error::{Outcome, Result};
 use crate::model::{Layout, Net, Shard, Spec};
-use crate::ops::profile::{self, Entry};
+use crate::ops::profile::Entry;
 use crate::ops::replay::Replay;
 use crate::ops::{access, attention, classifier, embedding, gelu, layer_norm, linear, norm, residual};
 use crate::optim::{self, Hyper};
@@ -41,7 +41,7 @@ pub fn run(args: &Args) -> Result<Outcome> {
     subject.warm_up(FINE)?;
     let (device, spec) = (subject.learner.device().clone(), subject.learner.spec().clone());
     let step_s = median((0..args.times).map(|_| subject.step(FINE)).collect::<Result<Vec<_>>>()?);
-    let entries = profiled(&device, || subject.step(FINE).map(drop))?;
+    let (_, entries) = profiled(&device, || subject.step(FINE))?;
     let gemm_peak_flops = subject.gemm_peak()?;
     // The ops need its memory.
     drop(subject);
@@ -60,16 +60,6 @@ pub fn run(args: &Args) -> Result<Outcome> {
     let text = if args.common.json { serde_json::to_string(&report)? + "\n" } else { report.text() };
     std::io::stdout().write_all(text.as_bytes())?;
     Ok(Outcome::Done)
-}
-
-/// What ops `work` calls.
-fn profiled(device: &Device, work: impl FnOnce() -> Result<()>) -> Result<Vec<Entry>> {
-    profile::enable(device);
-    profile::take();
-    let done = work();
-    profile::disable();
-    done?;
-    Ok(profile::take())
 }
 
 /// What is printed; field names are those of `--json`.
@@ -218,9 +208,10 @@ impl Bench<'_> {
         let mut seconds = Vec::new();
         // The first takes memory.
         for _ in 0..=self.args.times {
-            seconds.push(profiled(&self.device, || {
+            let ((), entries) = profiled(&self.device, || {
                 classifier::loss_and_gradient(factors, &x, &w, &targets, 1e-3, &logits, &total, &dx, &dw)
-            })?);
+            })?;
+            seconds.push(entries);
         }
         let of = |entries: &[Entry], op| entries.iter().find(|entry| entry.op == op).map_or(0.0, |entry| entry.seconds);
         let inside = seconds[1..].iter().map(|entries| of(entries, SOFTMAX));

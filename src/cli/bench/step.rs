@@ -1,12 +1,12 @@
 //! `vcycle bench step`
 
 use super::breakdown::{Part, breakdown};
-use super::{Common, FINE, PAPER, Subject, configure, median, milliseconds};
+use super::{Common, FINE, PAPER, Subject, configure, median, milliseconds, profiled};
 use crate::cli::plan::RankMemory;
 use crate::cli::text::{bytes, percent, table};
 use crate::cycle::tokens_per_step;
 use crate::error::{Context, Outcome, Result};
-use crate::ops::profile::{self, Entry};
+use crate::ops::profile::Entry;
 use crate::run;
 use serde::Serialize;
 use serde_json::json;
@@ -95,14 +95,9 @@ impl Trial {
         let on_gpu = !self.subject.learner.device().is_cpu();
         let unprofiled = (0..if on_gpu { steps } else { 0 }).map(|_| self.subject.step(FINE));
         let unprofiled = unprofiled.collect::<Result<Vec<_>>>()?;
-        profile::enable(self.subject.learner.device());
-        let mut profiles = Vec::new();
-        for _ in 0..steps {
-            profile::take();
-            let seconds = self.subject.step(FINE)?;
-            profiles.push((seconds, profile::take()));
-        }
-        profile::disable();
+        let device = self.subject.learner.device().clone();
+        let profiles = (0..steps).map(|_| profiled(&device, || self.subject.step(FINE)));
+        let mut profiles = profiles.collect::<Result<Vec<_>>>()?;
         profiles.sort_by(|(a, _), (b, _)| a.total_cmp(b));
         let (profiled_s, ops) = profiles.swap_remove(steps / 2);
         let step_s = if on_gpu { median(unprofiled) } else { profiled_s };

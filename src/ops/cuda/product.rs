@@ -98,7 +98,7 @@ impl Library {
         let [a_layout, b_layout, c_layout, out_layout] = plan.layouts;
         // SAFETY: the product describes matrices in the device's memory, the plan is of its shapes.
         unsafe {
-            plan.set_bias(bias)?;
+            set_bias(plan.operation, bias)?;
             lt::matmul(
                 self.handle,
                 plan.operation,
@@ -171,9 +171,7 @@ impl Plan {
             set_operation(operation, Desc::CUBLASLT_MATMUL_DESC_TRANSB, a.operation())?;
             set_operation(operation, Desc::CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue as u32)?;
             // The choice heeds its alignment.
-            if let Some(Address(bias)) = product.bias {
-                set_operation(operation, Desc::CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias)?;
-            }
+            set_bias(operation, product.bias)?;
             set_preference(preference, Pref::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, WORKSPACE as u64)?;
             set_preference(preference, Pref::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, reductions as u32)?;
             set_preference(preference, Pref::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, b.alignment)?;
@@ -187,16 +185,14 @@ impl Plan {
         };
         Ok(Plan { operation, layouts, algorithm: found.algo })
     }
+}
 
-    /// # Safety
-    /// It is read when the product is computed.
-    unsafe fn set_bias(&self, bias: Option<Address>) -> Result<()> {
-        let Some(Address(bias)) = bias else { return Ok(()) };
-        // SAFETY: the plan's own operation.
-        unsafe {
-            set_operation(self.operation, sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias)
-        }
-    }
+/// # Safety
+/// It is read when the product is computed.
+unsafe fn set_bias(operation: sys::cublasLtMatmulDesc_t, bias: Option<Address>) -> Result<()> {
+    let Some(Address(bias)) = bias else { return Ok(()) };
+    // SAFETY: the type that the attribute takes.
+    unsafe { set_operation(operation, sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias) }
 }
 
 /// # Safety
